@@ -1,0 +1,147 @@
+"""What belongs to the site: where its data lies, which data set it brings, what its machine can do.
+
+The settings are read from ``local/nnunet_flare.json`` of the site's start-up kit (in the simulator: of the
+simulator's workspace), else from nnU-Net's own environment variables. A job may name a data set, never a path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_flare.errors import ConfigError
+
+__all__ = ["DEMO_DATASET", "HOME_VARIABLE", "SETTINGS_FILE", "SiteSettings", "state_home"]
+
+SETTINGS_FILE = "nnunet_flare.json"
+HOME_VARIABLE = "NNUNET_FLARE_HOME"
+DEMO_DATASET = "demo"
+ROLES = ("train", "evaluate")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def state_home() -> Path:
+    """Folder for everything that must outlive a FLARE job: ``$NNUNET_FLARE_HOME``, else ``~/nnunet_flare``."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / "nnunet_flare").absolute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings:
+    """One site's settings; every path is absolute.
+
+    Args:
+        site: FLARE's name of the site.
+        home: State of runs, models and preprocessed data: ``<home>/<site>/``.
+        nnunet_raw: nnU-Net's raw data folder, holding ``DatasetXXX_Name``.
+        nnunet_preprocessed: Folder for preprocessed data; None is ``<home>/<site>/nnUNet_preprocessed``. Only the
+            sub-folder ``federated/`` of it is ever written, so that plans made here earlier stay as they are.
+        dataset: nnU-Net data set name or id, overruling the job's; ``demo`` is generated.
+        role: ``train``, or ``evaluate`` for a site that scores the global model and trains nothing.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        gpu_memory_gb: Memory target of nnU-Net's planner; None is the planner's own.
+        num_processes: Processes for fingerprint, preprocessing and validation; 1 works in the training process.
+        num_augmentation_processes: Augmentation workers; None is 0 on CPU and nnU-Net's choice on GPU.
+        num_threads: Threads of torch; None divides the machine's cores by the clients that run on it.
+        plans_overrides: Keys of the trained configuration in the plans to replace, such as ``batch_size``.
+    """
+
+    site: str
+    home: Path = field(default_factory=state_home)
+    nnunet_raw: Path | None = None
+    nnunet_preprocessed: Path | None = None
+    dataset: str | None = None
+    role: str = "train"
+    device: str = "auto"
+    gpu_memory_gb: float | None = None
+    num_processes: int = 1
+    num_augmentation_processes: int | None = None
+    num_threads: int | None = None
+    plans_overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("role", self.role, ROLES), ("device", self.device, DEVICES)):
+            if value not in allowed:
+                raise self._error(name, f"one of {', '.join(allowed)}", repr(value))
+        for name in ("num_processes", "num_threads", "gpu_memory_gb"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+                raise self._error(name, "a positive number", repr(value))
+
+    def _error(self, field_name: str, expected: str, found: str) -> ConfigError:
+        return ConfigError(
+            field=f"{SETTINGS_FILE}: {field_name}",
+            expected=expected,
+            found=found,
+            remedy="correct the site's settings file",
+            site=self.site,
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.home / self.site
+
+    @property
+    def preprocessed_root(self) -> Path:
+        return (self.nnunet_preprocessed or self.folder / "nnUNet_preprocessed") / "federated"
+
+    @property
+    def raw_root(self) -> Path:
+        return self.nnunet_raw or self.folder / "nnUNet_raw"
+
+    @classmethod
+    def load(cls, site: str, settings_folder: Path | None) -> SiteSettings:
+        """Read the settings of ``site``; the file is optional, a wrong key in it is an error.
+
+        A ``sites`` map (site -> settings) in the file overrules the settings around it, for simulated sites that
+        share one ``local/`` folder.
+
+        Raises:
+            ConfigError: the file is no JSON object, or holds an unknown key or a value out of range.
+        """
+        file = (settings_folder or state_home()) / SETTINGS_FILE
+        settings: dict[str, Any] = {}
+        if file.is_file():
+            try:
+                settings = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(
+                    field=SETTINGS_FILE,
+                    expected="a JSON object",
+                    found=str(error),
+                    remedy="correct the site's settings file",
+                    site=site,
+                ) from error
+        settings |= settings.pop("sites", {}).get(site, {})
+        known = {item.name for item in fields(cls)} - {"site"}
+        if unknown := sorted(set(settings) - known):
+            raise ConfigError(
+                field=SETTINGS_FILE,
+                expected=f"keys among {', '.join(sorted(known))}",
+                found=", ".join(unknown),
+                remedy="correct the spelling or remove the key",
+                site=site,
+            )
+        paths = {name: settings[name] for name in ("home", "nnunet_raw", "nnunet_preprocessed") if settings.get(name)}
+        for name, variable in (("nnunet_raw", "nnUNet_raw"), ("nnunet_preprocessed", "nnUNet_preprocessed")):
+            if name not in paths and os.environ.get(variable):
+                paths[name] = os.environ[variable]
+        settings |= {name: Path(path).expanduser().absolute() for name, path in paths.items()}
+        return cls(site=site, **settings)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form for the site's nnU-Net process; ``from_json`` is its inverse."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SiteSettings:
+        paths = {name: Path(values[name]) for name in ("home", "nnunet_raw", "nnunet_preprocessed") if values[name]}
+        return cls(**{**values, **paths})
+
+    def with_dataset(self, dataset: str) -> SiteSettings:
+        """These settings with the job's data set, unless the site names its own."""
+        return self if self.dataset else replace(self, dataset=dataset)
