@@ -1,0 +1,66 @@
+"""Weighted mean of the sites' layers, summed exactly as replies arrive."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_flare.aggregation.layers import Layers
+from nnunet_flare.errors import ParticipationError
+
+__all__ = ["STEP", "WeightedSum"]
+
+STEP = 2.0**-40
+"""Fixed-point step of the sum, in weight units."""
+
+
+class WeightedSum:
+    """Weighted mean over sites, layer by layer, in int64 fixed point (step 2**-40).
+
+    Integer addition is exact, so the mean does not depend on the order in which replies arrive, and memory (8 bytes
+    a value) does not grow with the number of sites. A site may send any subset of layers: each layer is divided by
+    the weights of the sites that sent it (FedAvg, McMahan et al. 2017, Algorithm 1, where all send all).
+
+    Args:
+        total_weight: Sum of the weights of all sites that were asked; only its size matters, it keeps every
+            contribution below one site's own magnitude.
+
+    >>> total = WeightedSum(total_weight=4)
+    >>> total.add({"w": np.float32([1.0])}, weight=3)
+    >>> total.add({"w": np.float32([5.0])}, weight=1)
+    >>> total.mean()["w"]
+    array([2.], dtype=float32)
+    """
+
+    def __init__(self, *, total_weight: int) -> None:
+        self._total_weight = total_weight
+        self._sums: dict[str, NDArray[np.int64]] = {}
+        self._weights: dict[str, int] = {}
+
+    def add(self, layers: Layers, *, weight: int) -> None:
+        """Add one site's layers, checked before (``check_layers``), with a positive integer weight."""
+        share = weight / self._total_weight / STEP
+        for name, array in layers.items():
+            scaled = array.astype(np.float64)
+            scaled *= share
+            np.rint(scaled, out=scaled)
+            if name in self._sums:
+                self._sums[name] += scaled.astype(np.int64)
+            else:
+                self._sums[name] = scaled.astype(np.int64)
+            self._weights[name] = self._weights.get(name, 0) + weight
+
+    def mean(self) -> dict[str, NDArray[np.float32]]:
+        """The weighted mean of every layer that at least one site sent, as float32.
+
+        Raises:
+            ParticipationError: no site has sent anything.
+        """
+        if not self._sums:
+            raise ParticipationError(
+                field="round", expected="at least one update", found="none", remedy="see the sites' logs"
+            )
+        return {
+            name: (values * (STEP * self._total_weight / self._weights[name])).astype(np.float32)
+            for name, values in self._sums.items()
+        }

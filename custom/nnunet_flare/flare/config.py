@@ -1,0 +1,54 @@
+"""How the server conducts a run: whom it waits for, and how long. No part of the run's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nnunet_flare.errors import ConfigError
+
+__all__ = ["FederationConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Participation and deadlines.
+
+    Args:
+        min_sites: Sites that must train in every round; None is all that were there at the start.
+        round_timeout_s: Deadline of a round; a site that has not answered by then is left out of it.
+        phase_timeout_s: Deadline of each phase before and after the rounds (fingerprint, plan, preprocess, validate).
+    """
+
+    min_sites: int | None = None
+    round_timeout_s: int = 24 * 3600
+    phase_timeout_s: int = 24 * 3600
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            optional = item.name == "min_sites" and value is None
+            if not optional and (type(value) is not int or value <= 0):
+                raise ConfigError(
+                    field=item.name,
+                    expected="a positive integer",
+                    found=repr(value),
+                    remedy="correct the job's federation settings",
+                )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> FederationConfig:
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(
+                field="federation settings",
+                expected=f"settings among {', '.join(sorted(known))}",
+                found=", ".join(unknown),
+                remedy="correct the spelling in the job",
+            )
+        return cls(**values)
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that differ from the defaults: what a job file states."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(FederationConfig(), name)}

@@ -1,0 +1,473 @@
+"""The server's side: the phases of a federated nnU-Net training, each ending with a record on disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nvflare.apis.analytix import AnalyticsDataType
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.signal import Signal
+from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
+
+from nnunet_flare.aggregation.layers import Layers, apply_update, check_layers, signature_of
+from nnunet_flare.aggregation.weighted_sum import WeightedSum
+from nnunet_flare.errors import (
+    ConfigError,
+    LayerMismatchError,
+    NNUNetFlareError,
+    ParticipationError,
+    UpdateError,
+)
+from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
+from nnunet_flare.flare import protocol
+from nnunet_flare.flare.conductor import Participation, RunStopped, ask_sites
+from nnunet_flare.flare.config import FederationConfig
+from nnunet_flare.flare.curves import draw_learning_curves
+from nnunet_flare.flare.history import JSON_FILE, RoundRecord, RunHistory, SiteFinal, SiteRound
+from nnunet_flare.flare.protocol import Message
+from nnunet_flare.flare.run import RunFolder
+from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.nnunet.dataset import DatasetSchema, check_schemas_match, dataset_json
+from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
+from nnunet_flare.nnunet.plans import check_same_network_plans
+from nnunet_flare.nnunet.process import NNUNetProcess
+from nnunet_flare.nnunet.site import SiteSettings
+from nnunet_flare.storage import read_json, write_json
+
+__all__ = ["FFEController"]
+
+SERVER = "server"
+TENSORBOARD_FOLDER = "tb_events"
+
+
+class FFEController(Controller):
+    """Federated fingerprint extraction, one plan for all, then federated averaging.
+
+    FFE and FedAvg as in Skorupko et al., Scientific Reports 15:38312 (2025). The job ends as failed, with the reason,
+    on everything that the remaining sites cannot mend.
+
+    Args:
+        run: Name of the run; a run of the same name that has not finished is continued.
+        training: Settings of ``TrainingConfig`` that differ from its defaults.
+        federation: Settings of ``FederationConfig`` that differ from its defaults.
+    """
+
+    def __init__(
+        self, run: str, training: dict[str, Any] | None = None, federation: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.run, self.training, self.federation = run, training, federation
+        self._config = TrainingConfig.from_json(training or {})
+        self._federation = FederationConfig.from_json(federation or {})
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """FLARE's hook; the run's folder is opened in ``control_flow``, where a failure can end the job."""
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """FLARE's hook; ``control_flow`` cleans up behind itself."""
+
+    def process_result_of_unknown_task(self, client, task_name, client_task_id, result, fl_ctx) -> None:
+        """A reply after its deadline: the site was left out of that round."""
+        self.log_info(fl_ctx, f"{client.name} answered {task_name} too late", fire_event=False)
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.END_RUN:
+            run_folder = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+            if (run_folder / TENSORBOARD_FOLDER).is_dir() and hasattr(self, "_folder"):
+                shutil.copytree(run_folder / TENSORBOARD_FOLDER, self._folder / "tensorboard", dirs_exist_ok=True)
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        self._fl_ctx, self._abort_signal = fl_ctx, abort_signal
+        run = process = None
+        try:
+            local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
+            settings = SiteSettings.load(SERVER, local)
+            run = RunFolder(settings.folder, self.run)
+            self._open(run, settings)
+            process = self._process = NNUNetProcess(log_file=run.path / "nnunet.log", num_threads=1)
+            self._conduct()
+        except RunStopped:
+            self.log_info(fl_ctx, "the job was stopped; submit it again to continue the run")
+        except NNUNetFlareError as error:
+            self._fail(str(error), error.local_detail)
+        except OSError as error:
+            self._fail(f"server: {error.strerror or type(error).__name__}; free disk space, then submit again", "")
+        finally:
+            if process is not None:
+                process.close()
+            if run is not None:
+                run.close()
+
+    def _open(self, run: RunFolder, settings: SiteSettings) -> None:
+        identity = {name: value for name, value in self._config.to_json().items() if name != "stop_after"}
+        self._run, self._settings = run, settings
+        self._run_id = run.begin(identity)
+        self._folder = run.path
+        if (self._folder / JSON_FILE).exists():
+            self._history = RunHistory.load(self._folder)
+        else:
+            self._history = RunHistory(
+                run_name=self.run, run_id=self._run_id, num_rounds=self._config.num_rounds, started=time.time()
+            )
+
+    def _fail(self, reason: str, detail: str) -> None:
+        self.log_error(self._fl_ctx, f"{reason} {detail}".strip(), fire_event=False)
+        if hasattr(self, "_history"):
+            self._note(phase="failed", error=reason)
+        self.system_panic(reason, self._fl_ctx)
+
+    def _note(self, **changes: Any) -> None:
+        self._history = self._history.changed(**changes)
+        self._history.save(self._folder)
+
+    def _say(self, text: str) -> None:
+        self.log_info(self._fl_ctx, text, fire_event=False)
+
+    # --- the phases -----------------------------------------------------------------------------------------------
+
+    def _conduct(self) -> None:
+        self._describe()
+        summary = self._merged_fingerprint()
+        if self._stops_after("fingerprint"):
+            return
+        self._plan(summary)
+        if self._stops_after("plan"):
+            return
+        self._preprocess()
+        if self._stops_after("preprocess"):
+            return
+        self._agree_on_layers()
+        layers = self._train()
+        self._validate(layers)
+        self._run.finish()
+        self._note(phase="done")
+        self._say(f"done: {self._folder}")
+
+    def _stops_after(self, stage: str) -> bool:
+        stops = self._config.stop_after == stage
+        if stops:
+            self._note(phase="done")
+            self._say(f"stopped after {stage}, as the job says; without stop_after the run continues from here")
+        return stops
+
+    def _describe(self) -> None:
+        """Who takes part, and whether their data and versions fit, before anything is computed."""
+        self._note(phase="describe", error="")
+        sites = sorted(client.name for client in self._fl_ctx.get_engine().get_clients())
+        self._sites = {site: "" for site in sites}
+        replies = self._ask_every_site(protocol.DESCRIBE)
+        schemas = {site: DatasetSchema.from_json(reply.content.get("schema")) for site, reply in replies.items()}
+        self._sites = {site: reply.content.get("role") for site, reply in replies.items()}
+        _check_versions({site: reply.content.get("versions", {}) for site, reply in replies.items()})
+        check_schemas_match(schemas)
+        self._training_sites = [site for site, role in self._sites.items() if role == "train"]
+        self._min_sites = self._federation.min_sites or len(self._training_sites)
+        self._require(len(self._training_sites), "sites that train", {})
+        self._num_cases = {site: schemas[site].num_training for site in self._training_sites}
+        self._dataset_json = dataset_json(schemas[self._training_sites[0]], sum(self._num_cases.values()))
+        cases = ", ".join(f"{site} {number} cases" for site, number in self._num_cases.items())
+        self._say(f"run {self.run}: {len(self._sites)} sites ({cases})")
+
+    def _merged_fingerprint(self) -> FingerprintSummary:
+        """FFE: the fingerprint of all cases, as if they lay in one data set (recorded; not repeated on resume)."""
+        record = self._folder / "fingerprint_summary.json"
+        if record.exists():
+            return FingerprintSummary.from_json(read_json(record))
+        self._note(phase="fingerprint")
+        question = {
+            "num_foreground_voxels": self._config.num_foreground_voxels,
+            "num_cases_total": sum(self._num_cases.values()),
+        }
+        replies = self._ask_every_site(protocol.EXTRACT_FINGERPRINT, question, sites=self._training_sites)
+        summaries = [_parsed(site, FingerprintSummary.from_json, reply, "summary") for site, reply in replies.items()]
+        merged = merge_summaries(summaries)
+        write_json(record, merged.to_json())
+        write_json(self._folder / "dataset_fingerprint.json", merged.to_nnunet())
+        self._say(f"fingerprint of {merged.num_training} cases merged from {len(summaries)} sites")
+        return merged
+
+    def _plan(self, summary: FingerprintSummary) -> None:
+        """Every site plans from the merged fingerprint; the network plans must be the same."""
+        self._note(phase="plan")
+        replies = self._ask_every_site(protocol.PLAN, {"summary": summary.to_json()})
+        check_same_network_plans({site: reply.content.get("network_plan") for site, reply in replies.items()})
+        plans = dict(replies[self._training_sites[0]].content["plans"])
+        plans["dataset_name"] = f"Dataset000_{self.run}"
+        self._plans = plans
+        write_json(self._folder / "plans.json", plans)
+        configuration = plans["configurations"][self._config.configuration]
+        stages = configuration["architecture"]["arch_kwargs"].get("n_stages")
+        self._say(
+            f"one plan for all: {self._config.configuration}, patch {configuration['patch_size']}, "
+            f"batch {configuration['batch_size']}, {stages} stages"
+        )
+
+    def _preprocess(self) -> None:
+        self._note(phase="preprocess")
+        self._ask_every_site(protocol.PREPROCESS)
+
+    def _agree_on_layers(self) -> None:
+        """The initial weights, and every site's word that its network has exactly these layers."""
+        self._start_layers = self._run.load_global()
+        if self._start_layers is None:
+            self._process.start()  # imports torch while the sites answer
+        replies = self._ask_every_site(protocol.LAYER_SIGNATURE)
+        if self._start_layers is None:
+            self._start_layers = 0, self._initial_layers()
+            self._run.save_global(*self._start_layers)
+        self._signature = signature_of(self._start_layers[1])
+        for site, reply in replies.items():
+            _check_signature(site, reply.content.get("signature"), self._signature)
+        self._weights = {
+            site: int(replies[site].content["num_training_cases"]) if self._config.weighting == "cases" else 1
+            for site in self._training_sites
+        }
+        millions = sum(array.size for array in self._start_layers[1].values()) / 1e6
+        self._say(f"{len(self._signature)} layers, {millions:.1f} million parameters")
+
+    def _initial_layers(self) -> dict[str, np.ndarray]:
+        pretrained = None
+        if self._config.pretrained:
+            file = self._settings.home / "pretrained" / self._config.pretrained
+            if not file.is_file():
+                raise ConfigError(
+                    field="pretrained",
+                    expected="a checkpoint in the server's pretrained folder",
+                    found=self._config.pretrained,
+                    remedy="copy the checkpoint there, or leave the setting out",
+                    site=SERVER,
+                    local_detail=str(file),
+                )
+            pretrained = str(file)
+        _, layers = self._process.call(
+            "initial_layers",
+            {
+                "job": self._config.to_json(),
+                "plans": self._plans,
+                "dataset_json": self._dataset_json,
+                "pretrained": pretrained,
+            },
+            cancelled=lambda: self._abort_signal.triggered,
+        )
+        self._process.close()
+        return layers
+
+    def _train(self) -> Layers:
+        """The rounds that are still to do; returns the final global layers."""
+        first, layers = self._start_layers
+        self._note(phase="train", rounds=tuple(item for item in self._history.rounds if item.round <= first))
+        if first:
+            self._say(f"continuing with round {first + 1} of {self._config.num_rounds}")
+        for round_number in range(first, self._config.num_rounds):
+            layers, record = self._train_round(round_number, layers)
+            self._history = self._history.with_round(record)
+            self._history.save(self._folder)
+            self._run.save_global(round_number + 1, layers)
+            self._publish(record)
+            self._say(self._history.progress_line(record))
+        return layers
+
+    def _train_round(self, round_number: int, layers: Layers) -> tuple[Layers, RoundRecord]:
+        """Federated averaging (McMahan et al. 2017, Algorithm 1): layers down, local epochs, weighted mean."""
+        difference = self._config.update == "difference"
+        wire = {name: array.astype(self._config.wire_dtype, copy=False) for name, array in layers.items()}
+        content = self._request_content() | {"round": round_number, "update": self._config.update}
+        request = Message(content=content, layers=wire)
+        tasks = {"train": protocol.TRAIN, "evaluate": protocol.EVALUATE}
+        total = WeightedSum(total_weight=sum(self._weights.values()))
+        results: dict[str, SiteRound] = {}
+        started = time.monotonic()
+
+        def accept(site: str, reply: Message) -> None:
+            trains = self._sites[site] == "train"
+            if trains:
+                check_layers(reply.layers, self._signature, site=site)
+                if reply.difference != difference:
+                    raise _bad_reply(site, "update", self._config.update)
+            results[site] = _site_round(site, self._sites[site], reply, wire, time.monotonic() - started)
+            if trains:
+                total.add(reply.layers, weight=self._weights[site])
+
+        outcome = self._ask({site: (tasks[role], request) for site, role in self._sites.items()}, accept, "round")
+        for site, error in outcome.failures.items():
+            self._say(f"left out of round {round_number + 1}: {error}")
+        trained = [site for site in results if self._sites[site] == "train"]
+        self._require(len(trained), f"updates in round {round_number + 1}", outcome.failures)
+        record = RoundRecord(
+            round=round_number + 1,
+            sites=results,
+            missing={site: str(error) for site, error in outcome.failures.items()},
+            seconds=time.monotonic() - started,
+        )
+        mean = total.mean()
+        return (apply_update(layers, mean) if difference else mean), record
+
+    def _validate(self, layers: Layers) -> None:
+        """Final sync: every site keeps the final model and scores it on its validation cases; then the artifacts."""
+        self._note(phase="validate")
+        self._process.start()
+        replies = self._ask_every_site(protocol.VALIDATE, layers=layers)
+        final = {site: _site_final(site, reply) for site, reply in replies.items()}
+        self._process.call(
+            "export_model",
+            {
+                "job": self._config.to_json(),
+                "plans": self._plans,
+                "dataset_json": self._dataset_json,
+                "fingerprint": read_json(self._folder / "dataset_fingerprint.json"),
+                "folder": str(self._folder / "model"),
+            },
+            layers,
+            cancelled=lambda: self._abort_signal.triggered,
+        )
+        draw_learning_curves(self._history, self._folder / "learning_curves.png")
+        artifacts = {
+            "model": "model",
+            "plans": "plans.json",
+            "fingerprint": "dataset_fingerprint.json",
+            "curves": "learning_curves.png",
+            "metrics": JSON_FILE,
+            "table": "metrics.csv",
+            "tensorboard": "tensorboard",
+        }
+        self._note(final=final, artifacts=artifacts)
+
+    # --- asking the sites -----------------------------------------------------------------------------------------
+
+    def _request_content(self) -> dict[str, Any]:
+        return {"run": self.run, "run_id": self._run_id, "job": self._config.to_json()}
+
+    def _ask(
+        self, requests: Mapping[str, tuple[str, Message]], accept: Callable[[str, Message], None], kind: str
+    ) -> Participation:
+        timeout_s = getattr(self._federation, f"{kind}_timeout_s")
+        return ask_sites(
+            self, requests, accept, timeout_s=timeout_s, fl_ctx=self._fl_ctx, abort_signal=self._abort_signal
+        )
+
+    def _ask_every_site(
+        self,
+        task: str,
+        question: Mapping[str, Any] | None = None,
+        *,
+        layers: Layers | None = None,
+        sites: list[str] | None = None,
+    ) -> dict[str, Message]:
+        """Ask for something that every site must deliver.
+
+        Raises:
+            NNUNetFlareError: the first site's error; all of them are in the server's log.
+        """
+        message = Message(content=self._request_content() | dict(question or {}), layers=layers or {})
+        replies: dict[str, Message] = {}
+        asked = sites or list(self._sites)
+        outcome = self._ask({site: (task, message) for site in asked}, replies.__setitem__, "phase")
+        for site in sorted(outcome.failures):
+            self._say(f"{task}: {outcome.failures[site]}")
+        if outcome.failures:
+            raise outcome.failures[min(outcome.failures)]
+        return {site: replies[site] for site in asked}
+
+    def _require(self, number: int, what: str, failures: Mapping[str, NNUNetFlareError]) -> None:
+        needed = max(1, getattr(self, "_min_sites", 1))
+        if number < needed:
+            reasons = "; ".join(str(error) for error in failures.values())
+            raise ParticipationError(
+                field=what,
+                expected=f"at least {needed}",
+                found=f"{number} ({reasons})" if reasons else str(number),
+                remedy="mend the sites named, or lower min_sites, then submit again: the run continues from here",
+            )
+
+    def _publish(self, record: RoundRecord) -> None:
+        """FLARE's analytic events, fired here from the replies: TensorBoard and other receivers listen to them."""
+        values = {f"dice/{site}": result.mean_dice for site, result in record.sites.items()}
+        values |= {f"train_loss/{site}": result.train_loss for site, result in record.sites.items()}
+        values |= {"dice/mean": record.mean_dice, "train_loss/mean": record.mean_train_loss}
+        for tag, value in values.items():
+            dxo = create_analytic_dxo(tag, value, AnalyticsDataType.SCALAR, global_step=record.round)
+            send_analytic_dxo(self, dxo, self._fl_ctx)
+
+
+def _check_versions(versions: Mapping[str, Mapping[str, str]]) -> None:
+    """nnU-Net and this package must be the same everywhere; torch and Python may differ."""
+    first = min(versions)
+    for package in ("nnunet-flare", "nnunetv2"):
+        for site, found in versions.items():
+            if found.get(package) != versions[first].get(package):
+                raise ConfigError(
+                    field=f"version of {package}",
+                    expected=f"{versions[first].get(package)} (as at {first})",
+                    found=str(found.get(package)),
+                    remedy="install the same version at every site",
+                    site=site,
+                )
+
+
+def _check_signature(site: str, received: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+    try:
+        signature = {str(name): tuple(int(size) for size in shape) for name, shape in received}
+    except (TypeError, ValueError):
+        raise _bad_reply(site, "signature", "layer names and shapes") from None
+    for name in sorted(signature.keys() | expected.keys()):
+        if signature.get(name) != expected.get(name):
+            raise LayerMismatchError(
+                field=f"layer {name}",
+                expected=f"shape {expected.get(name, 'absent')}",
+                found=f"shape {signature.get(name, 'absent')}",
+                remedy="use the same trainer and plans at every site",
+                site=site,
+            )
+
+
+def _site_round(site: str, role: str, reply: Message, received: Layers, seconds: float) -> SiteRound:
+    content = reply.content
+    try:
+        return SiteRound(
+            dice={str(label): float(value) for label, value in content["dice"].items()},
+            train_loss=float(content.get("train_loss", "nan")),
+            num_cases=int(content["num_cases"]),
+            upload_bytes=protocol.layer_bytes(reply.layers),
+            download_bytes=protocol.layer_bytes(received),
+            seconds=seconds,
+            role=role,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _bad_reply(site, "scores", "Dice by label and a number of cases") from None
+
+
+def _site_final(site: str, reply: Message) -> SiteFinal:
+    try:
+        cases = tuple(
+            {str(label): LabelMetrics(**{n: float(v) for n, v in scores.items()}) for label, scores in case.items()}
+            for case in reply.content["cases"]
+        )
+        labels, foreground = mean_metrics(cases)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _bad_reply(site, "cases", "metrics by label for every case") from None
+    return SiteFinal(num_cases=len(cases), labels=labels, foreground=foreground, cases=cases)
+
+
+def _parsed(site: str, parse: Callable[[Any], Any], reply: Message, name: str) -> Any:
+    try:
+        return parse(reply.content.get(name))
+    except UpdateError as error:
+        error.site = site
+        raise
+
+
+def _bad_reply(site: str, field: str, expected: str) -> UpdateError:
+    return UpdateError(
+        field=field,
+        expected=expected,
+        found="something else",
+        remedy="run the same version of nnunet-flare everywhere",
+        site=site,
+    )

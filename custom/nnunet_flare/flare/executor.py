@@ -1,0 +1,206 @@
+"""The site's side of a federated nnU-Net training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+
+from nnunet_flare.errors import NNUNetFlareError, StateError, WorkerError
+from nnunet_flare.flare import protocol
+from nnunet_flare.flare.protocol import Message
+from nnunet_flare.flare.run import RunFolder
+from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.nnunet.dataset import DatasetSchema, find_dataset
+from nnunet_flare.nnunet.phantoms import write_demo_dataset
+from nnunet_flare.nnunet.process import NNUNetProcess
+from nnunet_flare.nnunet.site import SiteSettings
+
+__all__ = ["NNUNetExecutor"]
+
+VERSIONED = ("nnunet-flare", "nnunetv2", "torch")
+_DEMO_DIMENSIONS = {"demo": 3, "demo_2d": 2}
+_BAR_SECONDS = 10.0
+
+
+class NNUNetExecutor(Executor):
+    """Answers every task of the protocol; each task name is a method.
+
+    Nothing is remembered between tasks that is not also on disk, because FLARE may run each task in a new process.
+    nnU-Net works in a child process; an error in it, or its death, is answered with an error reply and the site takes
+    part in the next round again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._process: NNUNetProcess | None = None
+        self._run: RunFolder | None = None
+        self._tasks: Mapping[str, Callable[[Message, Calls], Message]] = {
+            protocol.DESCRIBE: self._describe,
+            protocol.EXTRACT_FINGERPRINT: self._extract_fingerprint,
+            protocol.PLAN: self._plan,
+            protocol.PREPROCESS: self._preprocess,
+            protocol.LAYER_SIGNATURE: self._layer_signature,
+            protocol.TRAIN: self._train,
+            protocol.EVALUATE: self._evaluate,
+            protocol.VALIDATE: self._validate,
+        }
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.END_RUN:
+            self._close()
+
+    def _close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+        if self._run is not None:
+            self._run.close()
+        self._process = self._run = None
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """Do one task. Whatever goes wrong is answered in the fixed error schema; details stay in this site's log."""
+        site = fl_ctx.get_identity_name()
+        try:
+            request = protocol.read_message(shareable, sender="server")
+            calls = self._open(request, fl_ctx, abort_signal)
+            reply = self._tasks[task_name](request, calls)
+        except NNUNetFlareError as error:
+            error.site = site
+            self.log_error(fl_ctx, f"{error} {error.local_detail}".strip(), fire_event=False)
+            reply = protocol.error_message(error)
+        except Exception as error:  # the boundary between this site and the federation
+            self.log_exception(fl_ctx, f"{task_name} failed", fire_event=False)
+            reply = protocol.error_message(_unexpected(task_name, error, site))
+        return reply.to_shareable()
+
+    def _open(self, request: Message, fl_ctx: FLContext, abort_signal: Signal) -> Calls:
+        """Bind the request's run, this site's settings and the nnU-Net process together."""
+        site = fl_ctx.get_identity_name()
+        config = TrainingConfig.from_json(request.content["job"])
+        local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
+        settings = _with_demo_data(SiteSettings.load(site, local).with_dataset(config.dataset))
+        if self._run is None:
+            self._run = RunFolder(settings.folder, request.content["run"])
+            self._run.follow(request.content["run_id"], request.content["job"])
+        if self._process is None:
+            threads = settings.num_threads or max(1, (os.cpu_count() or 1) // _clients_on_this_machine(fl_ctx))
+            self._process = NNUNetProcess(log_file=self._run.path / "nnunet.log", num_threads=threads)
+        return Calls(self._process, settings, self._run.path, request, lambda: abort_signal.triggered, self.logger)
+
+    def _describe(self, request: Message, calls: Calls) -> Message:
+        """The schema of the site's data, its role, and the versions that must fit."""
+        calls.process.start()  # its imports take seconds: let them overlap with the server's checks
+        settings = calls.settings
+        schema = DatasetSchema.read(find_dataset(settings.raw_root, settings.dataset))
+        versions = {"python": ".".join(platform.python_version_tuple()[:2])}
+        versions |= {name: version(name).partition("+")[0] for name in VERSIONED}
+        return Message(content={"schema": schema.to_json(), "role": settings.role, "versions": versions})
+
+    def _extract_fingerprint(self, request: Message, calls: Calls) -> Message:
+        names = ("num_foreground_voxels", "num_cases_total")
+        settings = calls.settings.to_json()
+        return calls.run("extract", settings=settings, **{name: request.content[name] for name in names})
+
+    def _plan(self, request: Message, calls: Calls) -> Message:
+        return calls.run("plan", **calls.training(), summary=request.content["summary"])
+
+    def _preprocess(self, request: Message, calls: Calls) -> Message:
+        calls.run("preprocess", **calls.training())
+        return Message()
+
+    def _layer_signature(self, request: Message, calls: Calls) -> Message:
+        return calls.run("prepare", **calls.training())
+
+    def _train(self, request: Message, calls: Calls) -> Message:
+        return calls.run("train", **calls.training(), round_number=request.content["round"])
+
+    def _evaluate(self, request: Message, calls: Calls) -> Message:
+        return calls.run("evaluate", **calls.training(), round_number=request.content["round"])
+
+    def _validate(self, request: Message, calls: Calls) -> Message:
+        reply = calls.run("validate", **calls.training())
+        self._run.finish()
+        return Message(content={"cases": reply.content["cases"]})
+
+
+class Calls:
+    """One task's way into the nnU-Net process."""
+
+    def __init__(
+        self,
+        process: NNUNetProcess,
+        settings: SiteSettings,
+        run: Path,
+        request: Message,
+        cancelled: Callable[[], bool],
+        logger: logging.Logger,
+    ) -> None:
+        self.process, self.settings = process, settings
+        self._run, self._request, self._cancelled, self._logger = run, request, cancelled, logger
+        self._bar_shown = time.monotonic()
+
+    def training(self) -> dict[str, Any]:
+        """The arguments that every command on a training takes."""
+        return {"settings": self.settings.to_json(), "job": self._request.content["job"], "run": str(self._run)}
+
+    def run(self, command: str, **arguments: Any) -> Message:
+        """Run a command with the request's layers and return its answer as a reply."""
+        content, layers = self.process.call(
+            command, arguments, self._request.layers, cancelled=self._cancelled, progress=self._show_progress
+        )
+        return Message(content=content, layers=layers, difference=self._request.content.get("update") == "difference")
+
+    def _show_progress(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self._bar_shown > _BAR_SECONDS:
+            self._bar_shown = time.monotonic()
+            filled = round(20 * done / total)
+            bar = "#" * filled + "." * (20 - filled)
+            self._logger.info(f"{self.settings.site}  {what} [{bar}] {done} of {total}")
+
+
+def _with_demo_data(settings: SiteSettings) -> SiteSettings:
+    if settings.dataset not in _DEMO_DIMENSIONS:
+        return settings
+    raw_root = settings.folder / "nnUNet_raw"
+    folder = write_demo_dataset(raw_root, settings.site, dimension=_DEMO_DIMENSIONS[settings.dataset])
+    return replace(settings, dataset=folder.name, nnunet_raw=raw_root)
+
+
+def _clients_on_this_machine(fl_ctx: FLContext) -> int:
+    """All clients of the job in the simulator, else this one."""
+    if not fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
+        return 1
+    meta = fl_ctx.get_prop(FLContextKey.JOB_META) or {}
+    return max(1, len(meta.get(JobMetaKey.JOB_CLIENTS.value) or []))
+
+
+def _unexpected(task_name: str, error: Exception, site: str) -> NNUNetFlareError:
+    if isinstance(error, OSError) and error.errno is not None:
+        return StateError(
+            field=task_name,
+            expected="files that can be read and written",
+            found=os.strerror(error.errno),
+            remedy="free disk space or correct the permissions, then submit the job again",
+            site=site,
+        )
+    return WorkerError(
+        field=task_name,
+        expected="a result",
+        found=type(error).__name__,
+        remedy="see the log of the site's job",
+        site=site,
+    )

@@ -1,0 +1,124 @@
+"""What travels between server and sites, and nothing else: JSON text, and named arrays.
+
+Layers travel as FLARE's WEIGHTS or WEIGHT_DIFF, so that its stock filters apply to them; the rest of a message is
+one JSON text. Both are checked on arrival and cast to a ``Message``: nothing that was pickled, and no other type
+that FLARE can carry, gets past this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.shareable import Shareable
+
+from nnunet_flare.errors import NNUNetFlareError, UpdateError, WorkerError, error_from_reply
+
+__all__ = [
+    "DESCRIBE",
+    "EVALUATE",
+    "EXTRACT_FINGERPRINT",
+    "LAYER_SIGNATURE",
+    "PLAN",
+    "PREPROCESS",
+    "TASKS",
+    "TRAIN",
+    "VALIDATE",
+    "Message",
+    "error_message",
+    "layer_bytes",
+    "read_message",
+]
+
+DESCRIBE = "describe"
+EXTRACT_FINGERPRINT = "extract_fingerprint"
+PLAN = "plan"
+PREPROCESS = "preprocess"
+LAYER_SIGNATURE = "layer_signature"
+TRAIN = "train"
+EVALUATE = "evaluate"
+VALIDATE = "validate"
+TASKS = (DESCRIBE, EXTRACT_FINGERPRINT, PLAN, PREPROCESS, LAYER_SIGNATURE, TRAIN, EVALUATE, VALIDATE)
+
+_TEXT = "nnunet_flare"
+_LAYER_KINDS = (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One task or reply.
+
+    Args:
+        content: JSON values.
+        layers: Canonical layer name -> float32 or float16 array.
+        difference: The layers are differences to the layers that the site received.
+    """
+
+    content: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    difference: bool = False
+
+    def to_shareable(self) -> Shareable:
+        text = json.dumps(self.content)
+        if not self.layers:
+            return DXO(DataKind.APP_DEFINED, data={_TEXT: text}).to_shareable()
+        kind = DataKind.WEIGHT_DIFF if self.difference else DataKind.WEIGHTS
+        return DXO(kind, data=dict(self.layers), meta={_TEXT: text}).to_shareable()
+
+
+def read_message(shareable: Shareable, *, sender: str) -> Message:
+    """Check and cast what FLARE delivered.
+
+    Raises:
+        NNUNetFlareError: the error that the sender reported.
+        WorkerError: FLARE reports that the sender failed without saying why.
+        UpdateError: the message is not of this protocol.
+    """
+    if (code := shareable.get_return_code(ReturnCode.OK)) != ReturnCode.OK:
+        raise WorkerError(
+            field="reply",
+            expected="a result",
+            found=f"FLARE's return code {code}",
+            remedy="see the log of the site's job",
+            site=sender,
+        )
+    try:
+        dxo = from_shareable(shareable)
+        layers = dxo.data if dxo.data_kind in _LAYER_KINDS else {}
+        content = json.loads((dxo.meta if layers else dxo.data)[_TEXT])
+    except (ValueError, TypeError, KeyError) as error:
+        raise _foreign(type(error).__name__, sender) from error
+    if not isinstance(content, dict):
+        raise _foreign(type(content).__name__, sender)
+    for name, array in layers.items():
+        if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            raise _foreign(f"{type(array).__name__} among the layers", sender)
+    if isinstance(content.get("error"), dict):
+        error = error_from_reply(content["error"])
+        error.site = sender
+        raise error
+    return Message(content=content, layers=layers, difference=dxo.data_kind == DataKind.WEIGHT_DIFF)
+
+
+def _foreign(found: str, sender: str) -> UpdateError:
+    return UpdateError(
+        field="message",
+        expected="JSON text and named float arrays",
+        found=found,
+        remedy="run the same version of nnunet-flare everywhere",
+        site=sender,
+    )
+
+
+def error_message(error: NNUNetFlareError) -> Message:
+    """A site's expected failure, in the fixed schema that may leave it."""
+    return Message(content={"error": error.to_reply()})
+
+
+def layer_bytes(layers: Mapping[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in layers.values())

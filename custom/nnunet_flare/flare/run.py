@@ -1,0 +1,115 @@
+"""The folder of a run, at the server and at each site: what makes a run continue behind its last finished phase.
+
+``<home>/<who>/runs/<name>/run.json`` says which run this is. An unfinished run of the same name continues; a finished
+one is moved to ``runs/archive/`` and a new one starts; an unfinished one with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_flare.errors import ConfigError, StateError
+from nnunet_flare.storage import FolderLock, read_json, write_atomically, write_json
+
+__all__ = ["RunFolder"]
+
+_MANIFEST = "run.json"
+_GLOBAL = re.compile(r"global_(\d+)\.npz")
+_KEPT_GLOBALS = 2
+
+
+class RunFolder:
+    """One run's folder, locked while this object lives.
+
+    Args:
+        parent: Folder of the server or the site, ``<home>/<who>``.
+        name: Name of the run; letters, digits, dot, dash and underscore.
+    """
+
+    def __init__(self, parent: Path, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name) or name == "archive":
+            raise ConfigError(
+                field="run",
+                expected="letters, digits, dot, dash and underscore",
+                found=repr(name),
+                remedy="give the run another name",
+            )
+        self.path = parent / "runs" / name
+        self._lock = FolderLock(parent / "runs" / ".locks" / name)
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def begin(self, settings: Mapping[str, Any]) -> str:
+        """Server: continue the unfinished run, or start a new one.
+
+        Returns:
+            The run's id.
+
+        Raises:
+            StateError: an unfinished run of this name has other settings.
+        """
+        manifest = self._manifest()
+        if manifest and not manifest["finished"]:
+            self._refuse_other_settings(manifest["settings"], settings)
+            return manifest["run_id"]
+        return self._start(uuid.uuid4().hex, settings)
+
+    def follow(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        """Site: continue the server's run, or start it; another run of this name is archived, never lost."""
+        manifest = self._manifest()
+        if not manifest or manifest["run_id"] != run_id:
+            self._start(run_id, settings)
+
+    def finish(self) -> None:
+        write_json(self.path / _MANIFEST, self._manifest() | {"finished": True})
+
+    def _manifest(self) -> dict[str, Any]:
+        file = self.path / _MANIFEST
+        return read_json(file) if file.exists() else {}
+
+    def _start(self, run_id: str, settings: Mapping[str, Any]) -> str:
+        if self.path.exists():
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            archive = self.path.parent / "archive" / f"{self.path.name}-{stamp}-{uuid.uuid4().hex[:4]}"
+            archive.parent.mkdir(exist_ok=True)
+            self.path.rename(archive)
+        write_json(self.path / _MANIFEST, {"run_id": run_id, "finished": False, "settings": dict(settings)})
+        return run_id
+
+    def _refuse_other_settings(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if differing:
+            raise StateError(
+                field=f"run {self.path.name}: {', '.join(differing)}",
+                expected="the settings of the unfinished run: " + ", ".join(f"{k}={before.get(k)}" for k in differing),
+                found=", ".join(f"{key}={now.get(key)}" for key in differing),
+                remedy="submit the run with its old settings to finish it, or give the new one another run name",
+                site="server",
+            )
+
+    def save_global(self, round_number: int, layers: Mapping[str, np.ndarray]) -> None:
+        """Keep the weights that round ``round_number`` starts from; the two newest files stay."""
+
+        def write(file: Path) -> None:
+            with file.open("wb") as handle:
+                np.savez(handle, **layers)
+
+        write_atomically(self.path / "state" / f"global_{round_number:05d}.npz", write)
+        for old in sorted((self.path / "state").glob("global_*.npz"))[:-_KEPT_GLOBALS]:
+            old.unlink()
+
+    def load_global(self) -> tuple[int, dict[str, np.ndarray]] | None:
+        """The newest weights and the round that starts from them, or None before the first."""
+        files = sorted(file for file in (self.path / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))
+        if not files:
+            return None
+        with np.load(files[-1], allow_pickle=False) as stored:
+            return int(_GLOBAL.fullmatch(files[-1].name)[1]), {name: stored[name] for name in stored.files}

@@ -1,0 +1,268 @@
+"""What a site's, or the server's, nnU-Net process can be asked to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_flare.errors import ConfigError
+from nnunet_flare.fingerprint.summary import FingerprintSummary
+from nnunet_flare.nnunet import model
+from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.nnunet.dataset import find_dataset
+from nnunet_flare.nnunet.evaluate import foreground_labels, validate
+from nnunet_flare.nnunet.extract import extract_summary
+from nnunet_flare.nnunet.plans import network_plan, plan
+from nnunet_flare.nnunet.preprocess import fold_cases, preprocess
+from nnunet_flare.nnunet.site import SiteSettings
+from nnunet_flare.nnunet.stepper import RoundSchedule, Score, TrainerStepper, find_trainer
+from nnunet_flare.storage import read_json, write_json
+
+__all__ = ["Commands"]
+
+Layers = Mapping[str, np.ndarray]
+Progress = Callable[[str, int, int], None]
+
+_CHECKPOINT = re.compile(r"round_(\d+)\.pt")
+_KEPT_CHECKPOINTS = 2
+
+
+class Commands:
+    """Commands of the nnU-Net process. Arguments and answers are JSON values; layers travel beside them.
+
+    Args:
+        progress: Told what is being done, how much of it, and of how much.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._training: SiteTraining | None = None
+
+    def _report(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: self._progress(what, done, total)
+
+    def extract(self, settings: dict[str, Any], num_foreground_voxels: int, num_cases_total: int) -> dict[str, Any]:
+        """The site's fingerprint summary."""
+        site = SiteSettings.from_json(settings)
+        summary = extract_summary(
+            find_dataset(site.raw_root, site.dataset),
+            num_foreground_voxels=num_foreground_voxels,
+            num_cases_total=num_cases_total,
+            num_processes=site.num_processes,
+            report=self._report("fingerprint"),
+        )
+        return {"summary": summary.to_json()}
+
+    def plan(self, settings: dict[str, Any], job: dict[str, Any], run: str, summary: dict[str, Any]) -> dict[str, Any]:
+        """Plan with nnU-Net's planner from a (merged) fingerprint; the plans are kept in the run folder."""
+        site, config = SiteSettings.from_json(settings), TrainingConfig.from_json(job)
+        fingerprint = FingerprintSummary.from_json(summary)
+        dataset = find_dataset(site.raw_root, site.dataset)
+        plans = plan(
+            dataset,
+            fingerprint,
+            num_training=fingerprint.num_training,
+            planner=config.planner,
+            gpu_memory_gb=site.gpu_memory_gb,
+            configuration=config.configuration,
+            overrides={**config.plans_overrides, **site.plans_overrides},
+        )
+        folder = Path(run)
+        write_json(folder / "dataset_fingerprint.json", fingerprint.to_nnunet())
+        write_json(folder / "plans.json", plans)
+        return {"plans": plans, "network_plan": network_plan(plans, config.configuration)}
+
+    def prepare(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> dict[str, Any]:
+        """Preprocess, then open the training: names and shapes of its layers, and the cases of its fold."""
+        training = self._open(settings, job, run)
+        return {
+            "signature": [[name, list(shape)] for name, shape in training.stepper.signature().items()],
+            "num_training_cases": training.num_training_cases,
+        }
+
+    def preprocess(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> dict[str, Any]:
+        """Preprocess the site's data set for its plans, or find it done."""
+        site, config = SiteSettings.from_json(settings), TrainingConfig.from_json(job)
+        return {"folder": str(self._preprocess(site, config, Path(run)))}
+
+    def _preprocess(self, site: SiteSettings, config: TrainingConfig, run: Path) -> Path:
+        return preprocess(
+            find_dataset(site.raw_root, site.dataset),
+            read_json(run / "plans.json"),
+            read_json(run / "dataset_fingerprint.json"),
+            config.configuration,
+            preprocessed_root=site.preprocessed_root,
+            num_processes=site.num_processes,
+            report=self._report("preprocessing"),
+        )
+
+    def _open(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> SiteTraining:
+        key = json.dumps([settings, job, run], sort_keys=True)
+        if self._training is None or self._training.key != key:
+            site, config = SiteSettings.from_json(settings), TrainingConfig.from_json(job)
+            self._training = SiteTraining(key, site, config, Path(run), self._preprocess(site, config, Path(run)))
+        return self._training
+
+    def train(
+        self, settings: dict[str, Any], job: dict[str, Any], run: str, round_number: int, layers: Layers
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """One round of local training from the layers received; what changed in them goes back."""
+        training = self._open(settings, job, run)
+        score, loss = training.train(round_number, layers, self._report(f"training round {round_number + 1}"))
+        local = training.stepper.layers()
+        difference, wire = training.config.update == "difference", np.dtype(training.config.wire_dtype)
+        update = {
+            name: (local[name] - received.astype(np.float32) if difference else local[name]).astype(wire, copy=False)
+            for name, received in layers.items()
+        }
+        return training.describe(score) | {"train_loss": loss}, update
+
+    def evaluate(
+        self, settings: dict[str, Any], job: dict[str, Any], run: str, round_number: int, layers: Layers
+    ) -> dict[str, Any]:
+        """The online score of the layers received; nothing is trained."""
+        training = self._open(settings, job, run)
+        training.stepper.load_layers(layers)
+        training.stepper.begin_round(round_number, reset_momentum=False)
+        return training.describe(training.stepper.evaluate())
+
+    def validate(self, settings: dict[str, Any], job: dict[str, Any], run: str, layers: Layers) -> dict[str, Any]:
+        """Keep the final layers as nnU-Net's final checkpoint, and score them on every validation case."""
+        training = self._open(settings, job, run)
+        training.resume(training.config.num_rounds)
+        training.stepper.load_layers(layers)
+        training.stepper.begin_round(training.config.num_rounds, reset_momentum=False)
+        folder = training.stepper.finish()
+        cases = validate(
+            training.stepper.trainer,
+            nsd_tolerance_mm=training.config.nsd_tolerance_mm,
+            progress=self._report("validation"),
+        )
+        (Path(run) / "nnunet.env").write_text(
+            "".join(f"export {name}={value}\n" for name, value in training.environment.items())
+        )
+        return {"cases": cases, "model": os.path.relpath(folder, run)}
+
+    def initial_layers(
+        self, job: dict[str, Any], plans: dict[str, Any], dataset_json: dict[str, Any], pretrained: str | None
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Server: the common initial weights, decided by the job's seed or by a pretrained checkpoint."""
+        config = TrainingConfig.from_json(job)
+        return {}, model.initial_layers(config, plans, dataset_json, Path(pretrained) if pretrained else None)
+
+    def export_model(
+        self,
+        job: dict[str, Any],
+        plans: dict[str, Any],
+        dataset_json: dict[str, Any],
+        fingerprint: dict[str, Any],
+        folder: str,
+        layers: Layers,
+    ) -> dict[str, Any]:
+        """Server: write the global model as a folder that ``nnUNetv2_predict_from_modelfolder`` loads."""
+        model.export(TrainingConfig.from_json(job), plans, dataset_json, fingerprint, layers, Path(folder))
+        return {}
+
+
+class SiteTraining:
+    """The open training of one site, and its checkpoints: ``<run>/checkpoints/round_00007.pt`` is its state after
+    round 7 (counted from 0). The last two are kept."""
+
+    def __init__(self, key: str, site: SiteSettings, config: TrainingConfig, run: Path, preprocessed: Path) -> None:
+        self.key, self.config = key, config
+        self._site, self._checkpoints = site, run / "checkpoints"
+        self.environment = {
+            "nnUNet_raw": str(site.raw_root),
+            "nnUNet_preprocessed": str(preprocessed),
+            "nnUNet_results": str(run / "nnUNet_results"),
+        }
+        os.environ.update(self.environment)
+        self._device = choose_device(site)
+        if site.num_augmentation_processes is not None or self._device.type != "cuda":
+            os.environ["nnUNet_n_proc_DA"] = str(site.num_augmentation_processes or 0)
+        self._plans = read_json(run / "plans.json")
+        folder = preprocessed / self._plans["dataset_name"]
+        self._dataset_json = read_json(folder / "dataset.json")
+        identifier = self._plans["configurations"][config.configuration]["data_identifier"]
+        self.num_training_cases = len(fold_cases(folder, identifier, config.fold)[0])
+        self._restart()
+
+    def _restart(self) -> None:
+        config = self.config
+        self.stepper = TrainerStepper(
+            find_trainer(config.trainer),
+            plans=self._plans,
+            dataset_json=self._dataset_json,
+            configuration=config.configuration,
+            fold=config.fold,
+            device=self._device,
+            schedule=RoundSchedule(
+                num_rounds=config.num_rounds,
+                epochs_per_round=config.epochs_per_round,
+                iterations_per_epoch=config.iterations_per_epoch,
+                val_iterations_per_epoch=config.val_iterations_per_epoch,
+            ),
+            seed_parts=(config.seed, self._site.site),
+        )
+        self._last_round: int | None = None
+
+    def resume(self, round_number: int) -> None:
+        """Bring momentum and logs to their state before ``round_number``."""
+        earlier = {
+            int(match[1]): file
+            for file in self._checkpoints.glob("round_*.pt")
+            if (match := _CHECKPOINT.fullmatch(file.name)) and int(match[1]) < round_number
+        }
+        latest = max(earlier, default=None)
+        if latest != self._last_round:
+            self._restart()
+            if latest is not None:
+                self.stepper.restore(earlier[latest])
+                self._last_round = latest
+
+    def train(self, round_number: int, layers: Layers, progress: Callable[[int, int], None]) -> tuple[Score, float]:
+        self.resume(round_number)
+        self.stepper.load_layers(layers)
+        self.stepper.begin_round(round_number, reset_momentum=self.config.momentum == "reset")
+        result = self.stepper.train_round(progress)
+        self.stepper.save(self._checkpoints / f"round_{round_number:05d}.pt")
+        self._last_round = round_number
+        for old in sorted(self._checkpoints.glob("round_*.pt"))[:-_KEPT_CHECKPOINTS]:
+            old.unlink()
+        return result
+
+    def describe(self, score: Score) -> dict[str, Any]:
+        names = foreground_labels(self._dataset_json)
+        return {
+            "dice": dict(zip(names, score.dice, strict=True)),
+            "val_loss": score.loss,
+            "num_cases": self.num_training_cases,
+        }
+
+
+def choose_device(site: SiteSettings) -> torch.device:
+    """The site's device; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: the site asks for a device that torch does not find.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = site.device if site.device != "auto" else ("cuda" if available["cuda"] else "cpu")
+    if not available[name]:
+        raise ConfigError(
+            field="device",
+            expected=f"one of {', '.join(kind for kind, here in available.items() if here)}",
+            found=name,
+            remedy="correct the site's settings, or install a torch build for the device",
+            site=site.site,
+        )
+    if name == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return torch.device(name)

@@ -1,0 +1,125 @@
+"""What a job says of the training: the same for every site, and part of the run's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nnunet_flare.errors import ConfigError
+from nnunet_flare.nnunet.site import DEMO_DATASET
+
+__all__ = ["TrainingConfig"]
+
+STAGES = ("fingerprint", "plan", "preprocess")
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _one_of(*allowed: object) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in allowed, "one of " + ", ".join(map(str, allowed))
+
+
+_FOLD = (lambda value: value == "all" or (type(value) is int and value >= 0), "0, 1, 2 ... or 'all'")
+_COUNT = (_positive, "a positive integer")
+_OPTIONAL_COUNT = (lambda value: value is None or _positive(value), "a positive integer, or nothing")
+_NAME = (_text, "a name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of a federated nnU-Net training, with nnU-Net's own names where it has one.
+
+    Args:
+        dataset: nnU-Net name or id of the data set at every site; ``demo`` is generated. A site may name its own.
+        configuration: ``2d``, ``3d_fullres`` or ``3d_lowres``.
+        planner: Planner class, by nnU-Net's own lookup.
+        trainer: Trainer class, by nnU-Net's own lookup.
+        fold: Fold of the site's own cross-validation split, or ``all``.
+        num_rounds: Rounds of local training and averaging.
+        epochs_per_round: Local epochs in a round; the learning rate falls over all epochs of all rounds.
+        iterations_per_epoch: None is the trainer's own (250).
+        val_iterations_per_epoch: None is the trainer's own (50).
+        seed: Decides the common initial weights and, with site and round, the augmentation.
+        pretrained: File in ``<home>/pretrained/`` of the server whose weights replace the random ones.
+        weighting: ``cases`` weighs a site by its training cases, ``uniform`` weighs all sites equally.
+        momentum: ``keep`` the optimizer's momentum over rounds, or ``reset`` it at each round's start.
+        update: Sites send the ``difference`` to the weights they received, or their ``weights``.
+        wire_dtype: ``float32`` or ``float16`` for layers on the wire.
+        plans_overrides: Keys of the configuration in the plans to replace at every site, such as ``batch_size``.
+        num_foreground_voxels: Foreground voxels sampled from the whole federation for intensity statistics.
+        nsd_tolerance_mm: Tolerance of the normalised surface Dice.
+        stop_after: End the job after ``fingerprint``, ``plan`` or ``preprocess``.
+    """
+
+    dataset: str = DEMO_DATASET
+    configuration: str = "3d_fullres"
+    planner: str = "ExperimentPlanner"
+    trainer: str = "nnUNetTrainer"
+    fold: int | str = 0
+    num_rounds: int = 100
+    epochs_per_round: int = 1
+    iterations_per_epoch: int | None = None
+    val_iterations_per_epoch: int | None = None
+    seed: int = 0
+    pretrained: str | None = None
+    weighting: str = "cases"
+    momentum: str = "keep"
+    update: str = "difference"
+    wire_dtype: str = "float32"
+    plans_overrides: Mapping[str, Any] = field(default_factory=dict)
+    num_foreground_voxels: int = 100_000_000
+    nsd_tolerance_mm: float = 2.0
+    stop_after: str | None = None
+
+    def __post_init__(self) -> None:
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "dataset": (lambda value: _text(value) and "/" not in value, "a data set name or id, never a path"),
+            "configuration": _NAME,
+            "planner": _NAME,
+            "trainer": _NAME,
+            "fold": _FOLD,
+            "num_rounds": _COUNT,
+            "epochs_per_round": _COUNT,
+            "iterations_per_epoch": _OPTIONAL_COUNT,
+            "val_iterations_per_epoch": _OPTIONAL_COUNT,
+            "seed": (lambda value: type(value) is int, "an integer"),
+            "pretrained": (lambda value: value is None or (_text(value) and "/" not in value), "a file name"),
+            "weighting": _one_of("cases", "uniform"),
+            "momentum": _one_of("keep", "reset"),
+            "update": _one_of("difference", "weights"),
+            "wire_dtype": _one_of("float32", "float16"),
+            "plans_overrides": (lambda value: isinstance(value, Mapping), "a mapping of plans keys"),
+            "num_foreground_voxels": _COUNT,
+            "nsd_tolerance_mm": (lambda value: isinstance(value, int | float) and value > 0, "a positive number of mm"),
+            "stop_after": _one_of(None, *STAGES),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds(value := getattr(self, name)):
+                raise ConfigError(field=name, expected=expected, found=repr(value), remedy="correct the job's settings")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """Raises ConfigError for a setting that does not exist."""
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(
+                field="training settings",
+                expected=f"settings among {', '.join(sorted(known))}",
+                found=", ".join(unknown),
+                remedy="correct the spelling in the job",
+            )
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"plans_overrides": dict(self.plans_overrides)}
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that differ from the defaults: what a job file states."""
+        return {name: value for name, value in self.to_json().items() if value != getattr(TrainingConfig(), name)}

@@ -1,0 +1,121 @@
+"""The global model at the server: its initial weights, and the folder that nnU-Net predicts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_flare.errors import ConfigError
+from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.nnunet.stepper import find_trainer, seed_everything
+from nnunet_flare.nnunet.weights import canonical_tensors, read_layers, write_layers
+from nnunet_flare.storage import write_atomically, write_json
+
+__all__ = ["export", "initial_layers"]
+
+
+def _network(config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> torch.nn.Module:
+    manager = PlansManager(dict(plans))
+    configuration = manager.get_configuration(config.configuration)
+    return find_trainer(config.trainer).build_network_architecture(
+        manager,
+        configuration,
+        determine_num_input_channels(manager, configuration, dict(dataset_json)),
+        manager.get_label_manager(dict(dataset_json)).num_segmentation_heads,
+        True,
+    )
+
+
+def initial_layers(
+    config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Mapping[str, Any], pretrained: Path | None
+) -> dict[str, np.ndarray]:
+    """Canonical name -> float32 array: nnU-Net's own initialisation under the job's seed.
+
+    A pretrained nnU-Net checkpoint replaces every layer but the segmentation heads, as nnU-Net does it.
+
+    Raises:
+        ConfigError: the pretrained checkpoint is not readable, or its layers differ.
+    """
+    seed_everything(config.seed, "initial weights")
+    network = _network(config, plans, dataset_json)
+    if pretrained is not None:
+        _load_pretrained(network, pretrained)
+    return read_layers(network)
+
+
+def _load_pretrained(network: torch.nn.Module, file: Path) -> None:
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            weights = torch.load(file, map_location="cpu", weights_only=True)["network_weights"]
+    except (OSError, KeyError, RuntimeError, ValueError, EOFError) as error:
+        raise _pretrained_error(file, "a readable nnU-Net checkpoint", type(error).__name__) from error
+    tensors = {name: tensor for name, tensor in canonical_tensors(network).items() if ".seg_layers." not in name}
+    differing = [name for name, tensor in tensors.items() if name not in weights or weights[name].shape != tensor.shape]
+    if differing:
+        raise _pretrained_error(
+            file, "the layers of the planned network", f"{len(differing)} missing or of another shape"
+        )
+    write_layers(network, {name: weights[name].float().numpy() for name in tensors})
+
+
+_NUMPY_SCALARS = [
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+]
+"""nnU-Net's checkpoints hold NumPy scalars, which ``weights_only`` refuses unless they are named."""
+
+
+def _pretrained_error(file: Path, expected: str, found: str) -> ConfigError:
+    return ConfigError(
+        field=f"pretrained {file.name}",
+        expected=expected,
+        found=found,
+        remedy="put a checkpoint of the same plans into the server's pretrained folder, or leave the setting out",
+    )
+
+
+def export(
+    config: TrainingConfig,
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    layers: Mapping[str, np.ndarray],
+    folder: Path,
+) -> None:
+    """Write ``plans.json``, ``dataset.json``, ``dataset_fingerprint.json`` and ``fold_X/checkpoint_final.pth``."""
+    network = _network(config, plans, dataset_json)
+    write_layers(network, layers)
+    checkpoint = {
+        "network_weights": network.state_dict(),
+        "optimizer_state": None,
+        "grad_scaler_state": None,
+        "logging": None,
+        "_best_ema": None,
+        "current_epoch": config.num_rounds * config.epochs_per_round,
+        "init_args": {"plans": dict(plans), "configuration": config.configuration, "fold": config.fold}
+        | {"dataset_json": dict(dataset_json)},
+        "trainer_name": config.trainer,
+        "inference_allowed_mirroring_axes": _mirroring_axes(config, plans),
+    }
+    fold = folder / f"fold_{config.fold}"
+    write_atomically(fold / "checkpoint_final.pth", lambda temporary: torch.save(checkpoint, temporary))
+    for name, content in (("plans", plans), ("dataset", dataset_json), ("dataset_fingerprint", fingerprint)):
+        write_json(folder / f"{name}.json", content)
+
+
+def _mirroring_axes(config: TrainingConfig, plans: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """What the trainer decides about mirroring for this configuration; its own method is asked, without data."""
+    trainer_class = find_trainer(config.trainer)
+    trainer = object.__new__(trainer_class)
+    trainer.configuration_manager = PlansManager(dict(plans)).get_configuration(config.configuration)
+    trainer.inference_allowed_mirroring_axes = None
+    trainer.print_to_log_file = lambda *args, **kwargs: None
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    return trainer.inference_allowed_mirroring_axes

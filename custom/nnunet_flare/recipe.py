@@ -1,0 +1,68 @@
+"""Jobs as FLARE recipes: the one source of ``jobs/``, and the way to run a job from Python.
+
+FFERecipe(training=TrainingConfig(dataset="Dataset027_ACDC")).execute(SimEnv(num_clients=3))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
+from nvflare.job_config.api import FedJob
+from nvflare.recipe.spec import Recipe
+
+from nnunet_flare.flare.config import FederationConfig
+from nnunet_flare.flare.controller import TENSORBOARD_FOLDER, FFEController
+from nnunet_flare.flare.executor import NNUNetExecutor
+from nnunet_flare.flare.protocol import TASKS
+from nnunet_flare.nnunet.config import TrainingConfig
+
+__all__ = ["JOBS", "FFERecipe"]
+
+_SERVER_PARAMETERS = {"server": {"task_request_interval": 0.2}}
+_CLIENT_PARAMETERS = {"get_task_timeout": 600.0, "submit_task_result_timeout": 3600.0}
+_PACKAGES = ["nnunet_flare"]
+_MARKER = Path(__file__).parent / "job_marker" / "README"
+
+
+class FFERecipe(Recipe):
+    """Federated fingerprint extraction and federated nnU-Net training (``jobs/ffe``).
+
+    Args:
+        name: Name of the job, and of its run.
+        training: What is trained.
+        federation: Whom the server waits for, and how long.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "ffe",
+        training: TrainingConfig | None = None,
+        federation: FederationConfig | None = None,
+    ) -> None:
+        training, federation = training or TrainingConfig(), federation or FederationConfig()
+        job = FedJob(name=name, min_clients=federation.min_sites or 1)
+        job.job.set_app_packages(_PACKAGES)
+        job.to_server(_SERVER_PARAMETERS)
+        job.to_server(FFEController(name, training.changes() or None, federation.changes() or None))
+        job.to_server(TBAnalyticsReceiver(tb_folder=TENSORBOARD_FOLDER), id="tensorboard")
+        job.to_clients(_CLIENT_PARAMETERS)
+        job.to_clients(NNUNetExecutor(), tasks=list(TASKS))
+        job.add_file_to_clients(str(_MARKER))
+        super().__init__(job)
+
+
+def demo_training() -> TrainingConfig:
+    """Small enough for a laptop without a GPU: generated hearts, 2d, ten short rounds."""
+    return TrainingConfig(
+        configuration="2d",
+        num_rounds=10,
+        iterations_per_epoch=20,
+        val_iterations_per_epoch=3,
+        num_foreground_voxels=1_000_000,
+    )
+
+
+JOBS = {"ffe": lambda: FFERecipe(name="ffe", training=demo_training())}
+"""Committed job folder -> recipe."""
