@@ -21,7 +21,7 @@ def test_merging_is_associative_and_commutative_and_equals_counting_the_pooled_v
     assert BucketCounts.merge([x, y, z]) == BucketCounts.from_values(np.concatenate([a, b, c]))
 
 
-@given(npst.arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-300, 1e300)), ranks, st.sampled_from([-1, 1]))
+@given(npst.arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-3, 1e3)), ranks, st.sampled_from([-1, 1]))
 def test_a_quantile_is_within_the_relative_accuracy_of_numpys(positive, q, sign):
     expected = np.percentile(sign * positive, 100 * q)
     assert BucketCounts.from_values(sign * positive).quantile(q) == pytest.approx(

@@ -21,7 +21,7 @@ def write(file, array, spacing_mm):
     SimpleITK.WriteImage(image, str(file))
 
 
-def write_case(folder, name, seed, channels=2, foreground=True):
+def write_case(folder, name, seed, channels=2, foreground=True, ending=".nii.gz"):
     rng = np.random.default_rng(seed)
     shape, spacing_mm = (12 + seed % 3, 20, 18 + seed % 4), (3.0 - 0.25 * (seed % 3), 1.0, 1.0 + 0.125 * (seed % 2))
     label = np.zeros(shape, np.uint8)
@@ -31,13 +31,14 @@ def write_case(folder, name, seed, channels=2, foreground=True):
     inside[1 : -1 - seed % 3, 2 + seed % 2 : -2, 2:-2] = True
     for channel in range(channels):
         voxels = np.where(inside, rng.normal(50 * (label + 1) + seed, 10, shape), 0).astype(np.float32)
-        write(folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz", voxels, spacing_mm)
-    write(folder / "labelsTr" / f"{name}.nii.gz", label, spacing_mm)
+        write(folder / "imagesTr" / f"{name}_{channel:04d}{ending}", voxels, spacing_mm)
+    write(folder / "labelsTr" / f"{name}{ending}", label, spacing_mm)
 
 
 def write_dataset(folder, seeds, labels=None, channel_names=("CT", "MRI"), without_foreground=(), **more):
+    ending = more.get("file_ending", ".nii.gz")
     for seed in seeds:
-        write_case(folder, f"patient_{seed:02d}", seed, len(channel_names), foreground=seed not in without_foreground)
+        write_case(folder, f"patient_{seed:02d}", seed, len(channel_names), seed not in without_foreground, ending)
     description = {
         "channel_names": dict(enumerate(channel_names)),
         "labels": labels or {"background": 0, "organ": 1, "lesion": 2},
@@ -55,7 +56,9 @@ def pooled(tmp_path_factory):
 
 @pytest.fixture
 def dataset(tmp_path):
-    return write_dataset(tmp_path / "Dataset002_Faulty", range(3))
+    return write_dataset(
+        tmp_path / "Dataset002_Faulty", range(3), file_ending=".mha"
+    )  # in NIfTI, SimpleITK reads NaN as 0
 
 
 def extract(folder, num_cases_total, **options):
@@ -63,7 +66,7 @@ def extract(folder, num_cases_total, **options):
 
 
 def damage(folder, kind):
-    label, image = folder / "labelsTr" / "patient_01.nii.gz", folder / "imagesTr" / "patient_01_0001.nii.gz"
+    label, image = folder / "labelsTr" / "patient_01.mha", folder / "imagesTr" / "patient_01_0001.mha"
     voxels = {
         file: SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(file))).astype(float) for file in (label, image)
     }
@@ -125,7 +128,7 @@ def test_each_image_and_label_is_read_once(dataset, monkeypatch):
     monkeypatch.setattr(SimpleITKIO, "read_images", lambda self, files: read.extend(files) or original(self, files))
     summary = extract(dataset, 3)
     probe = read.pop(0)  # nnU-Net tries the first image to choose its reader
-    assert probe.endswith("patient_00_0000.nii.gz")
+    assert probe.endswith("patient_00_0000.mha")
     assert len(read) == len(set(read)) == 3 * (2 + 1)
     assert summary.num_training == 3
 
@@ -157,7 +160,7 @@ def test_a_faulty_case_is_named_in_the_local_log_only(dataset, kind):
 
 
 def test_a_file_with_several_channels_is_not_one_channel(dataset):
-    file = dataset / "imagesTr" / "patient_02_0000.nii.gz"
+    file = dataset / "imagesTr" / "patient_02_0000.mha"
     image = SimpleITK.ReadImage(str(file))
     SimpleITK.WriteImage(SimpleITK.JoinSeries([image, image]), str(file))
     with pytest.raises(DatasetError, match="1 of 3 cases with"):
@@ -166,8 +169,8 @@ def test_a_file_with_several_channels_is_not_one_channel(dataset):
 
 def test_all_faulty_cases_are_collected(dataset):
     damage(dataset, "label values")
-    (dataset / "imagesTr" / "patient_00_0000.nii.gz").write_bytes(b"the first file too, by which the reader is chosen")
-    (dataset / "labelsTr" / "patient_02.nii.gz").write_bytes(b"")
+    (dataset / "imagesTr" / "patient_00_0000.mha").write_bytes(b"the first file too, by which the reader is chosen")
+    (dataset / "labelsTr" / "patient_02.mha").write_bytes(b"")
     with pytest.raises(DatasetError) as refusal:
         extract(dataset, 3)
     assert refusal.value.field == "image and label files; label values"

@@ -11,6 +11,7 @@ import pytest
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.report import doctor
 from nnunet_flare.report.doctor import FAIL, OK, WARN, Check, diagnose, doctor_text, exit_status
+from nnunet_flare.report.traffic import layer_bytes
 
 NAME = "Dataset007_Heart"
 DATASET_JSON = {
@@ -104,8 +105,9 @@ def test_a_package_out_of_range_or_absent_fails(site, monkeypatch, installed, se
     assert "install numpy>=2" in check.remedy
 
 
-def test_the_data_set_is_described(site):
-    assert found(site, "data set").seen == (
+@pytest.mark.parametrize("dataset", [NAME, "7", 7])
+def test_the_data_set_is_described(site, dataset):
+    assert found(changed(site, dataset=dataset), "data set").seen == (
         f"{NAME}: 5 cases, channels MRI, T2, labels background, ventricle, wall, .nii.gz"
     )
 
@@ -209,10 +211,11 @@ def test_the_bytes_of_a_round_are_those_of_the_unique_parameters(site):
         "nonlin": torch.nn.LeakyReLU,
     }
     network = PlainConvUNet(input_channels=2, num_classes=3, deep_supervision=True, **kwargs)
-    megabytes = 4e-6 * sum(parameter.numel() for parameter in network.parameters())
+    num_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
+    assert layer_bytes(folder / "nnUNetPlans_3d_fullres.complete") == ("3d_fullres", num_bytes)
     check = found(site, "traffic")
     assert check.status == OK
-    assert f"3d_fullres: {megabytes / 4:.1f} million parameters, at most {megabytes:.1f} MB up" in check.seen
+    assert f"at most {num_bytes / 1e6:.1f} MB up" in check.seen
 
     (folder / "nnUNetPlans.json").write_text("{}")
     assert found(site, "traffic").status == WARN

@@ -58,7 +58,7 @@ class TrainingConfig:
         stop_after: End the job after ``fingerprint``, ``plan`` or ``preprocess``.
     """
 
-    dataset: str = DEMO_DATASET
+    dataset: str | int = DEMO_DATASET
     configuration: str = "3d_fullres"
     planner: str = "ExperimentPlanner"
     trainer: str = "nnUNetTrainer"
@@ -80,7 +80,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "dataset": (lambda value: _text(value) and "/" not in value, "a data set name or id, never a path"),
+            "dataset": (
+                lambda value: _text(value) and "/" not in value or _positive(value),
+                "a data set name or id, never a path",
+            ),
             "configuration": _NAME,
             "planner": _NAME,
             "trainer": _NAME,

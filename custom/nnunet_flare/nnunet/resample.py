@@ -13,6 +13,10 @@ from nnunet_flare.nnunet.dataset import Case
 
 __all__ = ["LabelChange", "label_changes", "label_volumes_mm3", "resample_case", "resample_image", "resample_labels"]
 
+# Halfway between two old voxels their shares tie, and the lower label would win at every border. Read a little to one
+# side, one border gains what the opposite one loses.
+TIE_BREAKING_SHIFT = 1e-3
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelChange:
@@ -60,7 +64,7 @@ def resample_case(
 
 
 def resample_image(image: SimpleITK.Image, spacing_mm: Sequence[float]) -> SimpleITK.Image:
-    """Cubic B-spline interpolation as float32, kept within the grey values that the image had.
+    """Cubic B-spline interpolation as float32, smoothed first, kept within the grey values that the image had.
 
     Args:
         image: Any number of dimensions, one value per voxel.
@@ -68,19 +72,20 @@ def resample_image(image: SimpleITK.Image, spacing_mm: Sequence[float]) -> Simpl
     """
     image = SimpleITK.Cast(image, SimpleITK.sitkFloat32)
     lowest, highest = SimpleITK.MinimumMaximum(image)
-    resampled = _resample(image, spacing_mm, SimpleITK.sitkBSpline)
+    resampled = _interpolate(_smooth(image, spacing_mm), spacing_mm, SimpleITK.sitkBSpline)
     return SimpleITK.Clamp(resampled, SimpleITK.sitkFloat32, lowest, highest)
 
 
 def resample_labels(labels: SimpleITK.Image, spacing_mm: Sequence[float]) -> SimpleITK.Image:
     """The label with the largest share of each new voxel: every label's mask is interpolated linearly.
 
-    A structure smaller than a new voxel can vanish; compare ``label_volumes_mm3`` before and after.
+    Masks are not smoothed: that shrinks every convex structure. One smaller than a new voxel can still vanish;
+    ``label_changes`` tells.
     """
     chosen = largest = None
     for value in label_volumes_mm3(labels):
         mask = SimpleITK.Cast(labels == value, SimpleITK.sitkFloat32)
-        resampled = _resample(mask, spacing_mm, SimpleITK.sitkLinear)
+        resampled = _interpolate(mask, spacing_mm, SimpleITK.sitkLinear, TIE_BREAKING_SHIFT)
         share = SimpleITK.GetArrayViewFromImage(resampled)
         if largest is None:
             chosen, largest = np.full(share.shape, value), share.copy()
@@ -97,20 +102,27 @@ def label_volumes_mm3(labels: SimpleITK.Image) -> dict[float, float]:
     return dict(zip(values.tolist(), (counts * math.prod(labels.GetSpacing())).tolist(), strict=True))
 
 
-def _resample(image: SimpleITK.Image, spacing_mm: Sequence[float], interpolator: int) -> SimpleITK.Image:
-    """Interpolate on the grid of ``spacing_mm`` that shares the image's centre; smooth first where it is coarser."""
+def _smooth(image: SimpleITK.Image, spacing_mm: Sequence[float]) -> SimpleITK.Image:
+    """Remove detail finer than the new voxels: a Gaussian as wide as what they add (Cardoso et al. 2015)."""
+    factor = np.array(spacing_mm) / image.GetSpacing()
+    variance = np.maximum(0, factor**2 - 1) / (8 * math.log(2))
+    return SimpleITK.DiscreteGaussian(image, variance=variance.tolist(), useImageSpacing=False)
+
+
+def _interpolate(
+    image: SimpleITK.Image, spacing_mm: Sequence[float], interpolator: int, shift: float = 0.0
+) -> SimpleITK.Image:
+    """Values on the grid of ``spacing_mm`` that shares the image's centre, read ``shift`` old voxels beside it."""
     old_spacing, old_size = np.array(image.GetSpacing()), np.array(image.GetSize())
     factor = np.array(spacing_mm) / old_spacing
     size = np.maximum(1, np.round(old_size / factor)).astype(int)
-    # A Gaussian whose full width at half maximum turns the old voxel into the new one (Cardoso et al. 2015).
-    variance = np.maximum(0, factor**2 - 1) / (8 * math.log(2))
-    smooth = SimpleITK.DiscreteGaussian(image, variance=variance.tolist(), useImageSpacing=False)
-    corner = (old_size - 1) / 2 - factor * (size - 1) / 2
+    first = (old_size - 1) / 2 - factor * (size - 1) / 2
     grid = SimpleITK.ResampleImageFilter()
     grid.SetSize(size.tolist())
     grid.SetOutputSpacing(list(spacing_mm))
     grid.SetOutputDirection(image.GetDirection())
-    grid.SetOutputOrigin(image.TransformContinuousIndexToPhysicalPoint(corner.tolist()))
+    grid.SetOutputOrigin(image.TransformContinuousIndexToPhysicalPoint(first.tolist()))
     grid.SetInterpolator(interpolator)
+    grid.SetTransform(SimpleITK.TranslationTransform(image.GetDimension(), (shift * old_spacing).tolist()))
     grid.UseNearestNeighborExtrapolatorOn()
-    return grid.Execute(smooth)
+    return grid.Execute(image)

@@ -1,7 +1,8 @@
 """What belongs to the site: where its data lies, which data set it brings, what its machine can do.
 
 The settings are read from ``local/nnunet_flare.json`` of the site's start-up kit (in the simulator: of the
-simulator's workspace), else from nnU-Net's own environment variables. A job may name a data set, never a path.
+simulator's workspace), else from the file that ``$NNUNET_FLARE_SETTINGS`` names, else from nnU-Net's own environment
+variables. A job may name a data set, never a path.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = ["DEMO_DATASET", "HOME_VARIABLE", "SETTINGS_FILE", "SiteSettings", "st
 
 SETTINGS_FILE = "nnunet_flare.json"
 HOME_VARIABLE = "NNUNET_FLARE_HOME"
+SETTINGS_VARIABLE = "NNUNET_FLARE_SETTINGS"
 DEMO_DATASET = "demo"
 ROLES = ("train", "evaluate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -53,7 +55,7 @@ class SiteSettings:
     home: Path = field(default_factory=state_home)
     nnunet_raw: Path | None = None
     nnunet_preprocessed: Path | None = None
-    dataset: str | None = None
+    dataset: str | int | None = None
     role: str = "train"
     device: str = "auto"
     gpu_memory_gb: float | None = None
@@ -93,25 +95,32 @@ class SiteSettings:
         return self.nnunet_raw or self.folder / "nnUNet_raw"
 
     @classmethod
-    def load(cls, site: str, settings_folder: Path | None) -> SiteSettings:
-        """Read the settings of ``site``; the file is optional, a wrong key in it is an error.
+    def load(cls, site: str, local: Path | None = None) -> SiteSettings:
+        """Read the settings of ``site``; without a file the defaults hold, a wrong key in it is an error.
 
         A ``sites`` map (site -> settings) in the file overrules the settings around it, for simulated sites that
         share one ``local/`` folder.
 
+        Args:
+            site: FLARE's name of the site.
+            local: The ``local`` folder of its kit.
+
         Raises:
-            ConfigError: the file is no JSON object, or holds an unknown key or a value out of range.
+            ConfigError: the file is absent though named, is no JSON object, or holds an unknown key or a value out of range.
         """
-        file = (settings_folder or state_home()) / SETTINGS_FILE
         settings: dict[str, Any] = {}
-        if file.is_file():
+        file: Path | None = local / SETTINGS_FILE if local else None
+        if file is None or not file.is_file():
+            file = Path(named) if (named := os.environ.get(SETTINGS_VARIABLE)) else None
+        if file is not None:
             try:
                 settings = dict(json.loads(file.read_text()))
-            except (ValueError, TypeError) as error:
+            except (OSError, ValueError, TypeError) as error:
                 raise ConfigError(
                     field=SETTINGS_FILE,
                     expected="a JSON object",
-                    found=str(error),
+                    found=type(error).__name__,
+                    local_detail=f"{file}: {error}",
                     remedy="correct the site's settings file",
                     site=site,
                 ) from error
@@ -142,6 +151,6 @@ class SiteSettings:
         paths = {name: Path(values[name]) for name in ("home", "nnunet_raw", "nnunet_preprocessed") if values[name]}
         return cls(**{**values, **paths})
 
-    def with_dataset(self, dataset: str) -> SiteSettings:
+    def with_dataset(self, dataset: str | int) -> SiteSettings:
         """These settings with the job's data set, unless the site names its own."""
         return self if self.dataset else replace(self, dataset=dataset)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import logging
 import os
 import re
 import shutil
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,17 +275,19 @@ def _check_spacings(spacings: Mapping[str, Sequence[float]], sites: Collection[s
     for spacing in spacings.values():
         if not all(0 < value < float("inf") for value in spacing):
             raise _config_error("spacing_mm", "lengths above 0", "x".join(map(str, spacing)))
-    if spacings and schema.file_ending in COLOUR_ENDINGS:
+    if spacings and schema.file_ending in (*COLOUR_ENDINGS, ".tiff"):
         raise _config_error("spacing_mm", "images with a spacing in mm", f"{schema.file_ending} images")
 
 
 def _check_grids(name: str, case: Case, spacing_mm: Sequence[float] | None) -> None:
-    """Headers only: images and label map of a case must be readable and lie on one voxel grid."""
+    """Images and label map of a case must be readable and lie on one voxel grid."""
     grids = []
     for path in (*case.images, case.label):
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         _readable(name, reader.ReadImageInformation)
+        if path.suffix == ".gz":  # SimpleITK fills the rest of a truncated file with zeros
+            _readable(name, partial(_decompress, path))
         grids.append((reader.GetSize(), reader.GetSpacing()))
     if any(size != grids[0][0] or not np.allclose(spacing, grids[0][1], rtol=1e-3) for size, spacing in grids):
         raise DatasetError(
@@ -300,7 +304,7 @@ def _check_grids(name: str, case: Case, spacing_mm: Sequence[float] | None) -> N
 def _readable(name: str, read: Callable[[], T]) -> T:
     try:
         return read()
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError, zlib.error) as error:
         raise DatasetError(
             field="images and labels",
             expected="files that SimpleITK can read",
@@ -308,6 +312,12 @@ def _readable(name: str, read: Callable[[], T]) -> T:
             remedy="replace or remove the case",
             local_detail=f"{name}\n{error}",
         ) from error
+
+
+def _decompress(file: Path) -> None:
+    with gzip.open(file) as stream:
+        while stream.read(1 << 24):
+            pass
 
 
 def _write_site(
@@ -320,10 +330,13 @@ def _write_site(
         images = [folder / "imagesTr" / f"{name}_{i:04d}{schema.file_ending}" for i in range(len(case.images))]
         targets = Case(images=tuple(images), label=folder / "labelsTr" / f"{name}{schema.file_ending}")
         if spacing_mm is None:
-            for path, target in zip((*case.images, case.label), (*targets.images, targets.label), strict=True):
+            files = dict(zip((*targets.images, targets.label), (*case.images, case.label), strict=True))
+            sidecars = {
+                target.with_name(f"{name}.json"): path.with_name(f"{name}.json") for target, path in files.items()
+            }
+            files |= {target: path for target, path in sidecars.items() if path.is_file()}  # spacing of TIFF cases
+            for target, path in files.items():
                 _link(path, target)
-                if (sidecar := path.parent / f"{name}.json").is_file():  # spacing of nnU-Net's TIFF cases
-                    _link(sidecar, target.parent / sidecar.name)
         else:
             volumes.append(_readable(name, partial(resample_case, case, targets, spacing_mm)))
     (folder / DATASET_FILE).write_text(json.dumps(dataset_json(schema, len(cases)), indent=2))

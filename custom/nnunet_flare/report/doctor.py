@@ -233,7 +233,7 @@ def _traffic(settings: SiteSettings, raw_dataset: Path | None) -> Check:
 
 def _is_demo(settings: SiteSettings) -> bool:
     """``demo`` and its variants; nnU-Net's own names begin with ``Dataset`` or are numbers."""
-    return settings.dataset is not None and settings.dataset.startswith(DEMO_DATASET)
+    return str(settings.dataset).startswith(DEMO_DATASET)
 
 
 def _existing(folder: Path) -> Path:

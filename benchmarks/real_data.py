@@ -1,0 +1,164 @@
+"""Local-only, FFE and centralised nnU-Net on real cases split over unlike hospitals, at equal iterations.
+
+    python benchmarks/real_data.py IMAGES LABELS --work /tmp/hippocampus
+
+IMAGES and LABELS hold files of equal names (for example the hippocampus task of the Medical Segmentation Decathlon).
+120 of the cases go to three sites: one as they are, one with 2 mm slices, one at 1.5 mm. Every model is scored on
+every site's validation cases (fold 0 of the site; the centralised fold is the union of the sites'). Each run continues
+where it stopped when the command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.nnunet.metrics import mean_metrics, segmentation_metrics
+from nnunet_flare.nnunet.site import SETTINGS_FILE, SETTINGS_VARIABLE
+from nnunet_flare.nnunet.split import FractionAssignment, split_dataset
+from nnunet_flare.recipe import FFERecipe
+
+SITES = ("site-1", "site-2", "site-3")
+SPACING_MM = {"site-2": (1.0, 1.0, 2.0), "site-3": (1.5, 1.5, 1.5)}
+LABELS = {"background": 0, "anterior": 1, "posterior": 2}
+
+
+def main() -> None:
+    options = _options()
+    work: Path = options.work
+    data = work / "data"
+    os.environ |= {"NNUNET_FLARE_HOME": str(work / "home"), SETTINGS_VARIABLE: str(data / SETTINGS_FILE)}
+    if not data.exists():
+        _split(options, data)
+    training = TrainingConfig(
+        configuration=options.configuration,
+        num_rounds=options.rounds,
+        iterations_per_epoch=options.iterations,
+        val_iterations_per_epoch=5,
+        num_foreground_voxels=10_000_000,
+        plans_overrides={"batch_size": options.batch_size} if options.batch_size else {},
+    )
+    _run("ffe", SITES, training, work)
+    for site in SITES:
+        _run(f"local-{site}", (site,), training, work)
+    _pool(data, work)
+    _run("centralised", ("central",), training, work)
+    _print_table(work, data)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("labels", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs and results")
+    parser.add_argument("--cases", type=int, default=120)
+    parser.add_argument("--configuration", default="2d")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--iterations", type=int, default=25, help="per round")
+    parser.add_argument("--batch-size", type=int, default=32, help="0 keeps the planned one")
+    return parser.parse_args()
+
+
+def _split(options: argparse.Namespace, data: Path) -> None:
+    total = len(list(options.images.glob("*.nii.gz")))
+    share = options.cases / total / len(SITES)
+    fractions = dict.fromkeys(SITES, share) | ({"rest": 1 - options.cases / total} if options.cases < total else {})
+    split_dataset(
+        (options.images, options.labels),
+        data,
+        assignment=FractionAssignment(fractions=fractions, seed=1),
+        spacing_mm=SPACING_MM,
+        name="Real",
+        channel_names={0: "MRI"},
+        labels=LABELS,
+    )
+
+
+def _run(name: str, sites: tuple[str, ...], training: TrainingConfig, work: Path) -> None:
+    folder = work / "home" / "server" / "runs" / name
+    if (folder / "metrics.json").exists() and RunHistory.load(folder).phase == "done":
+        return
+    FFERecipe(name=name, training=training).export(str(work / "jobs"))
+    command = ["nvflare", "simulator", str(work / "jobs" / name), "-w", str(work / "simulator" / name)]
+    command += ["-c", ",".join(sites), "-t", str(len(sites)), "-l", "concise"]
+    executable = Path(sys.executable).with_name(command[0])
+    with (work / f"{name}.log").open("a") as log:
+        subprocess.run([executable, *command[1:]], check=True, stdout=log, stderr=log)
+
+
+def _pool(data: Path, work: Path) -> None:
+    """One data set of all sites' cases (hard links), whose folds are the unions of the sites' folds."""
+    settings = json.loads((data / SETTINGS_FILE).read_text())
+    if "central" in settings["sites"]:
+        return
+    folder = data / "Dataset700_RealCentral"
+    pooled, splits = None, [{"train": [], "val": []} for _ in range(5)]
+    for site in SITES:
+        source = data / settings["sites"][site]["dataset"]
+        description = json.loads((source / "dataset.json").read_text())
+        pooled = pooled or description | {"numTraining": 0}
+        pooled["numTraining"] += description["numTraining"]
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            for file in (source / part).iterdir():
+                (folder / part / file.name).hardlink_to(file)
+        for fold, split in enumerate(_site_splits(work, site)):
+            for part in ("train", "val"):
+                splits[fold][part] += split[part]
+    (folder / "dataset.json").write_text(json.dumps(pooled))
+    (folder / "splits_final.json").write_text(json.dumps(splits))
+    settings["sites"]["central"] = {"dataset": folder.name}
+    (data / SETTINGS_FILE).write_text(json.dumps(settings))
+
+
+def _site_splits(work: Path, site: str) -> list[dict[str, list[str]]]:
+    file = next((work / "home" / site / "nnUNet_preprocessed").glob("federated/*/*/splits_final.json"))
+    return json.loads(file.read_text())
+
+
+def _print_table(work: Path, data: Path) -> None:
+    models = {"local " + site: f"local-{site}" for site in SITES} | {"FFE": "ffe", "centralised": "centralised"}
+    print(f"{'model':<14}" + "".join(f"{site + ' DSC':>12}{'HD95':>7}" for site in SITES) + f"{'mean DSC':>12}{'HD95':>7}")
+    for label, run in models.items():
+        scores = [_score(work, data, run, site) for site in SITES]
+        mean = tuple(np.mean(scores, axis=0))
+        print(f"{label:<14}" + "".join(f"{dsc:>12.3f}{hd95:>7.2f}" for dsc, hd95 in [*scores, mean]), flush=True)
+
+
+def _score(work: Path, data: Path, run: str, site: str) -> tuple[float, float]:
+    """Mean foreground DSC and HD95 (mm) of a run's global model on a site's validation cases, from raw images."""
+    import torch
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(work / "home/server/runs" / run / "model"), (0,))
+    source = data / json.loads((data / SETTINGS_FILE).read_text())["sites"][site]["dataset"]
+    reader, cases = SimpleITKIO(), []
+    for case in _site_splits(work, site)[0]["val"]:
+        image, properties = reader.read_images([str(source / "imagesTr" / f"{case}_0000.nii.gz")])
+        truth, _ = reader.read_seg(str(source / "labelsTr" / f"{case}.nii.gz"))
+        prediction = predictor.predict_single_npy_array(image, properties)
+        cases.append(
+            segmentation_metrics(
+                truth[0],
+                prediction,
+                labels={name: value for name, value in LABELS.items() if value},
+                spacing_mm=properties["spacing"],
+                nsd_tolerance_mm=1.0,
+            )
+        )
+    _, foreground = mean_metrics(cases)
+    return foreground.dsc, foreground.hd95_mm
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The command ``nnunet-flare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_flare import __version__
+from nnunet_flare.errors import ConfigError, NNUNetFlareError
+from nnunet_flare.nnunet.site import SiteSettings, state_home
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 1 with the reason on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except NNUNetFlareError as error:
+        print(f"nnunet-flare: {error}", file=sys.stderr)
+        if error.local_detail:
+            print(error.local_detail, file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nnunet-flare", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    status = commands.add_parser("status", help="show how far a run is, and its results")
+    status.add_argument("run", help="name of a run, or its folder at the server")
+    status.set_defaults(command=_status)
+
+    doctor = commands.add_parser("doctor", help="check this site: versions, data, disk, device")
+    doctor.add_argument("--site", default="site-1", help="name of the site (default: site-1)")
+    doctor.add_argument("--dataset", help="data set, where the site's settings name none")
+    doctor.add_argument("--local", type=Path, help="the site's local folder, holding nnunet_flare.json")
+    doctor.set_defaults(command=_doctor)
+
+    job = commands.add_parser("job", help="write a FLARE job folder with your settings")
+    job.add_argument("name", help="name of the job and of its run")
+    job.add_argument("--out", type=Path, default=Path("jobs"), help="parent folder (default: jobs)")
+    job.add_argument("--min-sites", type=int, help="sites that must train in every round (default: all)")
+    job.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="training setting, such as num_rounds=50 or dataset=27; may be given many times",
+    )
+    job.set_defaults(command=_job)
+
+    split = commands.add_parser("split", help="split a data set into site data sets for the simulator")
+    split.add_argument("source", type=Path, nargs="+", help="nnU-Net raw data set, or images and labels folders")
+    split.add_argument("--out", type=Path, required=True, help="folder to make")
+    how = split.add_mutually_exclusive_group(required=True)
+    how.add_argument("--csv", type=Path, help="table with the header case,site")
+    how.add_argument("--fractions", help="such as site-1=0.5,site-2=0.3,site-3=0.2")
+    split.add_argument("--seed", type=int, default=0, help="of the shuffle before sharing out by fractions")
+    split.add_argument("--patient", help="regular expression with one group: the patient in a case name")
+    split.add_argument("--spacing", help="resample sites to x,y,z mm, such as site-2=1x1x2,site-3=1.5x1.5x1.5")
+    split.add_argument("--name", help="name of the data set")
+    split.add_argument("--channel", help="channel name, where the source has no dataset.json")
+    split.add_argument("--labels", help="such as background=0,tumour=1, where the source has no dataset.json")
+    split.set_defaults(command=_split)
+    return parser
+
+
+def _status(options: argparse.Namespace) -> int:
+    from nnunet_flare.report.status import status_text
+
+    folder = Path(options.run)
+    if not folder.is_dir():
+        folder = state_home() / "server" / "runs" / options.run
+    print(status_text(folder))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from nnunet_flare.report.doctor import diagnose, doctor_text, exit_status
+
+    settings = SiteSettings.load(options.site, options.local)
+    checks = diagnose(replace(settings, dataset=options.dataset) if options.dataset else settings)
+    print(doctor_text(checks))
+    return exit_status(checks)
+
+
+def _job(options: argparse.Namespace) -> int:
+    from nnunet_flare.flare.config import FederationConfig
+    from nnunet_flare.nnunet.config import TrainingConfig
+    from nnunet_flare.recipe import FFERecipe
+
+    training = TrainingConfig.from_json(dict(_setting(text) for text in options.settings))
+    federation = FederationConfig(min_sites=options.min_sites)
+    FFERecipe(name=options.name, training=training, federation=federation).export(str(options.out))
+    print(f"wrote {options.out / options.name}")
+    return 0
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``num_rounds=50`` -> ("num_rounds", 50); values are JSON, or else text."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(
+            field="settings", expected="SETTING=VALUE", found=text, remedy="write for example num_rounds=50"
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _split(options: argparse.Namespace) -> int:
+    from nnunet_flare.nnunet.site import SETTINGS_FILE, SETTINGS_VARIABLE
+    from nnunet_flare.nnunet.split import (
+        FractionAssignment,
+        TableAssignment,
+        parse_fractions,
+        parse_spacings,
+        split_dataset,
+    )
+
+    assignment = (
+        TableAssignment(file=options.csv)
+        if options.csv
+        else FractionAssignment(
+            fractions=parse_fractions(options.fractions), seed=options.seed, patient_pattern=options.patient
+        )
+    )
+    labels = dict(_setting(item) for item in options.labels.split(",")) if options.labels else None
+    folders = split_dataset(
+        options.source[0] if len(options.source) == 1 else tuple(options.source),
+        options.out,
+        assignment=assignment,
+        spacing_mm=parse_spacings(options.spacing) if options.spacing else None,
+        name=options.name,
+        channel_names={0: options.channel} if options.channel else None,
+        labels=labels,
+    )
+    for site, folder in folders.items():
+        print(f"{site}: {folder}")
+    print(f"for the simulator: export {SETTINGS_VARIABLE}={options.out / SETTINGS_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Every test has its own home; torch works with one thread."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["NNUNET_FLARE_HOME"] = "/nonexistent/a-test-must-set-its-home"
+for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "NNUNET_FLARE_SETTINGS"):
+    os.environ.pop(variable, None)
+
+TINY_TRAINING = {
+    "dataset": "Dataset900_Demo",
+    "configuration": "2d",
+    "num_rounds": 3,
+    "iterations_per_epoch": 2,
+    "val_iterations_per_epoch": 1,
+    "num_foreground_voxels": 10_000,
+    "plans_overrides": {"batch_size": 2},
+}
+"""A training of seconds: it learns nothing, but it does everything."""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty ``NNUNET_FLARE_HOME``; HOME is beside it, so that no tool touches the user's own."""
+    monkeypatch.setenv("NNUNET_FLARE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NNUNET_FLARE_SETTINGS", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw data root with a small demo data set for each of three sites: ``<root>/<site>/Dataset900_Demo``."""
+    from nnunet_flare.nnunet.phantoms import write_demo_dataset
+
+    root = tmp_path_factory.mktemp("demo_data")
+    for site in ("site-1", "site-2", "site-3"):
+        write_demo_dataset(root / site, site, num_cases=5)
+    return root
+
+
+@pytest.fixture
+def demo_home(home: Path, demo_data: Path) -> Path:
+    """A home in which the demo data of three sites (five cases each) lies ready."""
+    for site in ("site-1", "site-2", "site-3"):
+        shutil.copytree(demo_data / site, home / site / "nnUNet_raw")
+    return home

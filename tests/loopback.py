@@ -1,0 +1,100 @@
+"""A federation in one process: the real controller and executors, with FLARE's messaging left out.
+
+Messages still go through FLARE's serialization (FOBS), so that nothing passes here that could not travel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import ClientTask, TaskCompletionStatus
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+from nvflare.fuel.utils import fobs
+from nvflare.private.fed.utils.fed_utils import nvflare_fobs_initialize
+
+from nnunet_flare.flare.controller import FFEController
+from nnunet_flare.flare.executor import NNUNetExecutor
+
+nvflare_fobs_initialize()
+
+Tamper = Callable[[str, str, Shareable], Shareable | None]
+
+
+class Loopback:
+    """Runs jobs over the given sites.
+
+    Args:
+        folder: Holds each participant's ``local`` folder.
+        sites: Names of the sites.
+        tamper: Called with site, task name and reply; what it returns arrives instead, None never arrives.
+    """
+
+    def __init__(self, folder: Path, sites: tuple[str, ...], tamper: Tamper = lambda site, task, reply: reply) -> None:
+        self.folder, self.sites, self.tamper = folder, sites, tamper
+        self.panics: list[str] = []
+        self.scalars: dict[str, list[float]] = {}
+        self.sent: list[tuple[str, str, bytes, bytes]] = []
+
+    def run(self, run: str = "test", training: dict | None = None, federation: dict | None = None) -> FFEController:
+        """One submission of the job; ``panics`` then holds why it failed, if it did."""
+        self.panics.clear()
+        controller = FFEController(run, training, federation)
+        executors = {site: NNUNetExecutor() for site in self.sites}
+        abort = Signal()
+
+        def send(task, fl_ctx, targets):
+            threading.Thread(target=work, args=(task, targets[0]), daemon=True).start()
+
+        def work(task, site):
+            request = fobs.dumps(task.data)
+            reply = executors[site].execute(task.name, fobs.loads(request), self._context(site), abort)
+            answer = fobs.dumps(reply)
+            self.sent.append((site, task.name, request, answer))
+            arrived = self.tamper(site, task.name, fobs.loads(answer))
+            if arrived is None:
+                task.completion_status = TaskCompletionStatus.TIMEOUT
+                return
+            client_task = ClientTask(Client(site, ""), task)
+            client_task.result = arrived
+            with lock:
+                task.result_received_cb(client_task=client_task, fl_ctx=self._context("server"))
+            task.completion_status = TaskCompletionStatus.OK
+
+        lock = threading.Lock()
+        controller.send = send
+        try:
+            controller.control_flow(abort, self._context("server"))
+        finally:
+            for site, executor in executors.items():
+                executor.handle_event(EventType.END_RUN, self._context(site))
+        return controller
+
+    def _context(self, name: str) -> FLContext:
+        local = self.folder / name / "local"
+        local.mkdir(parents=True, exist_ok=True)
+        workspace = SimpleNamespace(get_site_config_dir=lambda: str(local))
+        clients = [Client(site, "") for site in self.sites]
+        engine = SimpleNamespace(
+            get_workspace=lambda: workspace, get_clients=lambda: clients, fire_event=self._hear
+        )
+        context = FLContext()
+        context.set_prop(ReservedKey.ENGINE, engine, private=True, sticky=False)
+        context.set_prop(ReservedKey.IDENTITY_NAME, name, private=False, sticky=False)
+        context.set_prop(FLContextKey.SIMULATE_MODE, True, private=True, sticky=False)
+        return context
+
+    def _hear(self, event_type: str, fl_ctx: FLContext) -> None:
+        data = fl_ctx.get_prop(FLContextKey.EVENT_DATA)
+        if event_type == EventType.FATAL_SYSTEM_ERROR:
+            self.panics.append(data)
+        elif event_type == "analytix_log_stats":
+            content = data["DXO"]["data"]
+            self.scalars.setdefault(content["track_key"], []).append(content["track_value"])
