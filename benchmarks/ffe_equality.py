@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK
+
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.nnunet.extract import extract_cases
 from nnunet_flare.nnunet.plans import plan

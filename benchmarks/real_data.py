@@ -126,7 +126,9 @@ def _site_splits(work: Path, site: str) -> list[dict[str, list[str]]]:
 
 def _print_table(work: Path, data: Path) -> None:
     models = {"local " + site: f"local-{site}" for site in SITES} | {"FFE": "ffe", "centralised": "centralised"}
-    print(f"{'model':<14}" + "".join(f"{site + ' DSC':>12}{'HD95':>7}" for site in SITES) + f"{'mean DSC':>12}{'HD95':>7}")
+    print(
+        f"{'model':<14}" + "".join(f"{site + ' DSC':>12}{'HD95':>7}" for site in SITES) + f"{'mean DSC':>12}{'HD95':>7}"
+    )
     for label, run in models.items():
         scores = [_score(work, data, run, site) for site in SITES]
         mean = tuple(np.mean(scores, axis=0))

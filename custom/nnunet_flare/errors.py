@@ -17,7 +17,8 @@ traceback) stays in the log of the site where the error arose and is never part 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 __all__ = [
     "ConfigError",
@@ -60,6 +61,11 @@ class NNUNetFlareError(Exception):
         self.remedy = remedy
         self.site = site
         self.local_detail = local_detail
+
+    def __reduce__(self) -> tuple[Callable[[], NNUNetFlareError], tuple[()]]:
+        """Keyword-only arguments survive the way back from a process pool."""
+        values = {name: getattr(self, name) for name in (*_REPLY_FIELDS, "local_detail")}
+        return partial(type(self), **values), ()
 
     def __str__(self) -> str:
         prefix = f"{self.site}: " if self.site else ""

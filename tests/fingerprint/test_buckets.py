@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
 from nnunet_flare.errors import DatasetError, UpdateError
 from nnunet_flare.fingerprint.buckets import RELATIVE_ACCURACY, BucketCounts
 

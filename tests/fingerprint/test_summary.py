@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
 from nnunet_flare.errors import DatasetError, UpdateError
 from nnunet_flare.fingerprint.buckets import RELATIVE_ACCURACY
 from nnunet_flare.fingerprint.summary import CaseValues, FingerprintSummary, merge_summaries

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_TRAINING
-from loopback import Loopback
 from nvflare.apis.dxo import from_shareable
 
+from conftest import TINY_TRAINING
+from loopback import Loopback
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.protocol import TRAIN
 
@@ -78,7 +78,9 @@ def test_one_round_equals_the_weighted_mean_of_the_sites(demo_home, tmp_path, de
     federation.run("mean", TINY_TRAINING | settings)
     assert federation.panics == []
     sent = _train_layers(federation)
-    received = next(from_shareable(fobs.loads(request)).data for _, task, request, _ in federation.sent if task == TRAIN)
+    received = next(
+        from_shareable(fobs.loads(request)).data for _, task, request, _ in federation.sent if task == TRAIN
+    )
     weights = {"cases": (4, 2), "uniform": (1, 1)}[weighting]
     final = _final_layers(demo_home, "mean")
     assert final.keys() == received.keys()

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+
 from nnunet_flare.flare.curves import draw_learning_curves
 from nnunet_flare.flare.history import RoundRecord, RunHistory, SiteRound
 

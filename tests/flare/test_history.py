@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+
 from nnunet_flare.errors import StateError
 from nnunet_flare.flare.history import RoundRecord, RunHistory, SiteFinal, SiteRound, duration_text
 from nnunet_flare.nnunet.metrics import LabelMetrics

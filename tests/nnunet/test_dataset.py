@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nnunet_flare.errors import DatasetError, UpdateError
 from nnunet_flare.nnunet.dataset import DatasetSchema, RawDataset, check_schemas_match, dataset_json, find_dataset
 

@@ -3,12 +3,13 @@ import json
 import numpy as np
 import pytest
 import SimpleITK
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
 from nnunet_flare.errors import ConfigError, DatasetError
 from nnunet_flare.fingerprint.buckets import RELATIVE_ACCURACY
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.nnunet.extract import extract_cases, extract_summary
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 NUM_VOXELS = 6000
 EXTREMES = {"percentile_00_5", "median", "percentile_99_5"}

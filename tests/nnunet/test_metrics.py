@@ -10,9 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
 from nnunet_flare.errors import DatasetError
 from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics, segmentation_metrics
-from scipy import ndimage
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.7, 0.7), (1, 2, 5)]
 

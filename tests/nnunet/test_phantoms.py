@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pytest
 import SimpleITK
+
 from nnunet_flare.errors import DatasetError
 from nnunet_flare.nnunet import phantoms
 from nnunet_flare.nnunet.dataset import DatasetSchema, RawDataset, check_schemas_match

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from nnunet_flare.errors import DatasetError, PlansError
-from nnunet_flare.fingerprint.summary import CaseValues, FingerprintSummary
-from nnunet_flare.nnunet.plans import check_same_network_plans, network_plan, plan
-from nnunet_flare.nnunet.preprocess import fold_cases, preprocess
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_flare.errors import DatasetError, PlansError
+from nnunet_flare.fingerprint.summary import CaseValues, FingerprintSummary
+from nnunet_flare.nnunet.network_plan import check_same_network_plans, network_plan
+from nnunet_flare.nnunet.plans import plan
+from nnunet_flare.nnunet.preprocess import fold_cases, preprocess
 
 NUM_CASES, SHAPE, SPACING_MM = 6, (12, 20, 20), (2.0, 1.0, 1.0)
 OPTIONS = {"num_training": 20, "configuration": "3d_fullres", "overrides": {}}

@@ -8,6 +8,7 @@ import pytest
 import SimpleITK
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nnunet_flare.errors import ConfigError, DatasetError
 from nnunet_flare.nnunet import split
 from nnunet_flare.nnunet.dataset import DatasetSchema, RawDataset, dataset_json

@@ -8,6 +8,7 @@ from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
+
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.report import doctor
 from nnunet_flare.report.doctor import FAIL, OK, WARN, Check, diagnose, doctor_text, exit_status

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from nnunet_flare.errors import StateError
 from nnunet_flare.flare.history import RoundRecord, RunHistory, SiteFinal, SiteRound
 from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics

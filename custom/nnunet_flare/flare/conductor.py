@@ -16,12 +16,12 @@ from nvflare.apis.signal import Signal
 from nnunet_flare.errors import NNUNetFlareError, ParticipationError
 from nnunet_flare.flare.protocol import Message, read_message
 
-__all__ = ["Participation", "RunStopped", "ask_sites"]
+__all__ = ["Participation", "RunStoppedError", "ask_sites"]
 
 _POLL_SECONDS = 0.1
 
 
-class RunStopped(Exception):
+class RunStoppedError(Exception):
     """The job was aborted from outside."""
 
 
@@ -52,7 +52,7 @@ def ask_sites(
         timeout_s: Deadline for all; a site that has not answered by then is a failure.
 
     Raises:
-        RunStopped: the job was aborted.
+        RunStoppedError: the job was aborted.
     """
     outcome = Participation()
     started = time.monotonic()
@@ -73,7 +73,7 @@ def ask_sites(
         controller.send(tasks[site], fl_ctx, targets=[site])
     while any(task.completion_status is None for task in tasks.values()):
         if abort_signal.triggered:
-            raise RunStopped
+            raise RunStoppedError
         time.sleep(_POLL_SECONDS)
     for site, task in tasks.items():
         if site not in outcome.seconds and site not in outcome.failures:

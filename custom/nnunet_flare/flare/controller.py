@@ -27,7 +27,7 @@ from nnunet_flare.errors import (
 )
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.flare import protocol
-from nnunet_flare.flare.conductor import Participation, RunStopped, ask_sites
+from nnunet_flare.flare.conductor import Participation, RunStoppedError, ask_sites
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.curves import draw_learning_curves
 from nnunet_flare.flare.history import JSON_FILE, RoundRecord, RunHistory, SiteFinal, SiteRound
@@ -36,7 +36,7 @@ from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import DatasetSchema, check_schemas_match, dataset_json
 from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
-from nnunet_flare.nnunet.plans import check_same_network_plans
+from nnunet_flare.nnunet.network_plan import check_same_network_plans
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json, write_json
@@ -93,7 +93,7 @@ class FFEController(Controller):
             self._open(run, settings)
             process = self._process = NNUNetProcess(log_file=run.path / "nnunet.log", num_threads=1)
             self._conduct()
-        except RunStopped:
+        except RunStoppedError:
             self.log_info(fl_ctx, "the job was stopped; submit it again to continue the run")
         except NNUNetFlareError as error:
             self._fail(str(error), error.local_detail)
@@ -161,7 +161,7 @@ class FFEController(Controller):
         """Who takes part, and whether their data and versions fit, before anything is computed."""
         self._note(phase="describe", error="")
         sites = sorted(client.name for client in self._fl_ctx.get_engine().get_clients())
-        self._sites = {site: "" for site in sites}
+        self._sites = dict.fromkeys(sites, "")
         replies = self._ask_every_site(protocol.DESCRIBE)
         schemas = {site: DatasetSchema.from_json(reply.content.get("schema")) for site, reply in replies.items()}
         self._sites = {site: reply.content.get("role") for site, reply in replies.items()}
@@ -296,7 +296,7 @@ class FFEController(Controller):
                 total.add(reply.layers, weight=self._weights[site])
 
         outcome = self._ask({site: (tasks[role], request) for site, role in self._sites.items()}, accept, "round")
-        for site, error in outcome.failures.items():
+        for error in outcome.failures.values():
             self._say(f"left out of round {round_number + 1}: {error}")
         trained = [site for site in results if self._sites[site] == "train"]
         self._require(len(trained), f"updates in round {round_number + 1}", outcome.failures)
@@ -368,7 +368,7 @@ class FFEController(Controller):
         message = Message(content=self._request_content() | dict(question or {}), layers=layers or {})
         replies: dict[str, Message] = {}
         asked = sites or list(self._sites)
-        outcome = self._ask({site: (task, message) for site in asked}, replies.__setitem__, "phase")
+        outcome = self._ask(dict.fromkeys(asked, (task, message)), replies.__setitem__, "phase")
         for site in sorted(outcome.failures):
             self._say(f"{task}: {outcome.failures[site]}")
         if outcome.failures:

@@ -28,12 +28,11 @@ from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import DatasetSchema, find_dataset
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.nnunet.process import NNUNetProcess
-from nnunet_flare.nnunet.site import SiteSettings
+from nnunet_flare.nnunet.site import DEMO_DATASETS, SiteSettings
 
 __all__ = ["NNUNetExecutor"]
 
 VERSIONED = ("nnunet-flare", "nnunetv2", "torch")
-_DEMO_DIMENSIONS = {"demo": 3, "demo_2d": 2}
 _BAR_SECONDS = 10.0
 
 
@@ -173,10 +172,10 @@ class Calls:
 
 
 def _with_demo_data(settings: SiteSettings) -> SiteSettings:
-    if settings.dataset not in _DEMO_DIMENSIONS:
+    if settings.dataset not in DEMO_DATASETS:
         return settings
     raw_root = settings.folder / "nnUNet_raw"
-    folder = write_demo_dataset(raw_root, settings.site, dimension=_DEMO_DIMENSIONS[settings.dataset])
+    folder = write_demo_dataset(raw_root, settings.site, dimension=DEMO_DATASETS[settings.dataset])
     return replace(settings, dataset=folder.name, nnunet_raw=raw_root)
 
 

@@ -19,7 +19,8 @@ from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import find_dataset
 from nnunet_flare.nnunet.evaluate import foreground_labels, validate
 from nnunet_flare.nnunet.extract import extract_summary
-from nnunet_flare.nnunet.plans import network_plan, plan
+from nnunet_flare.nnunet.network_plan import network_plan
+from nnunet_flare.nnunet.plans import plan
 from nnunet_flare.nnunet.preprocess import fold_cases, preprocess
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.nnunet.stepper import RoundSchedule, Score, TrainerStepper, find_trainer

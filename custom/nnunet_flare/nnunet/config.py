@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nnunet_flare.errors import ConfigError
-from nnunet_flare.nnunet.site import DEMO_DATASET
 
 __all__ = ["TrainingConfig"]
 
@@ -58,7 +57,7 @@ class TrainingConfig:
         stop_after: End the job after ``fingerprint``, ``plan`` or ``preprocess``.
     """
 
-    dataset: str | int = DEMO_DATASET
+    dataset: str | int = "demo"
     configuration: str = "3d_fullres"
     planner: str = "ExperimentPlanner"
     trainer: str = "nnUNetTrainer"
@@ -81,7 +80,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             "dataset": (
-                lambda value: _text(value) and "/" not in value or _positive(value),
+                lambda value: (_text(value) and "/" not in value) or _positive(value),
                 "a data set name or id, never a path",
             ),
             "configuration": _NAME,

@@ -1,7 +1,4 @@
-"""Plans from nnU-Net's own planner for a given fingerprint, and the part of them that all sites must share.
-
-nnU-Net is imported inside ``plan`` only: the server compares network plans without loading torch.
-"""
+"""Plans from nnU-Net's own planner for a given fingerprint."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import json
 import math
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +16,10 @@ from nnunet_flare.errors import PlansError
 from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.nnunet.dataset import RawDataset, dataset_json
 
-__all__ = ["check_same_network_plans", "network_plan", "plan"]
+__all__ = ["plan"]
 
 _OVERRIDABLE = ("batch_size", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "batch_dice")
 _ARCHITECTURE = "architecture.arch_kwargs."
-_SHARED = ("architecture", "preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
 
 
 def plan(
@@ -89,48 +84,6 @@ def plan(
     return result
 
 
-def network_plan(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """What must be equal for one shared network on equally preprocessed images: dotted key -> JSON value.
-
-    Batch and patch size are a site's own matter, as are the loss (``batch_dice``) and the image reader. Foreground
-    intensities count only for channels that nnU-Net normalises by them.
-    """
-    settings = plans["configurations"][configuration]
-    kept = {key: value for key, value in settings.items() if key in _SHARED or key.startswith("resampling_fn")}
-    kept |= {key: plans[key] for key in ("transpose_forward", "transpose_backward")}
-    kept["foreground_intensity_properties_per_channel"] = {
-        str(channel): plans["foreground_intensity_properties_per_channel"][str(channel)]
-        for channel, scheme in enumerate(settings["normalization_schemes"])
-        if scheme == "CTNormalization"
-    }
-    return dict(_flatten(kept))
-
-
-def check_same_network_plans(network_plans: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that all sites would train the same network.
-
-    Args:
-        network_plans: Site -> its ``network_plan``.
-
-    Raises:
-        PlansError: some differ; names the keys, and for each value the sites that have it.
-    """
-    differences = {}
-    for key in sorted({key for sent in network_plans.values() for key in sent}):
-        sites = defaultdict(list)
-        for site, sent in network_plans.items():
-            sites[json.dumps(sent[key]) if key in sent else "nothing"].append(site)
-        if len(sites) > 1:
-            differences[key] = ", ".join(f"{value} at {' and '.join(names)}" for value, names in sites.items())
-    if differences:
-        raise _error(
-            ", ".join(differences),
-            "one value at all sites",
-            "; ".join(f"{key}: {values}" for key, values in differences.items()),
-            "give all sites the same memory target, plans_overrides and nnU-Net, or run jobs/asymfedavg",
-        )
-
-
 def _check_configuration(plans: Mapping[str, Any], configuration: str) -> None:
     configurations = plans["configurations"]
     usable = [name for name, settings in configurations.items() if not settings.get("previous_stage")]
@@ -184,14 +137,6 @@ def _fits(value: Any, planned: Any) -> bool:
             return type(value) is int and value > 0
         case _:
             return type(value) in (int, float) and 0 < value < math.inf
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _find_class(package: str, name: str) -> Any:

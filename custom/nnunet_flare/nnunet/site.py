@@ -16,12 +16,13 @@ from typing import Any
 
 from nnunet_flare.errors import ConfigError
 
-__all__ = ["DEMO_DATASET", "HOME_VARIABLE", "SETTINGS_FILE", "SiteSettings", "state_home"]
+__all__ = ["DEMO_DATASETS", "HOME_VARIABLE", "SETTINGS_FILE", "SiteSettings", "state_home"]
 
 SETTINGS_FILE = "nnunet_flare.json"
 HOME_VARIABLE = "NNUNET_FLARE_HOME"
 SETTINGS_VARIABLE = "NNUNET_FLARE_SETTINGS"
-DEMO_DATASET = "demo"
+DEMO_DATASETS = {"demo": 3, "demo_2d": 2}
+"""Generated data sets -> their dimension."""
 ROLES = ("train", "evaluate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -106,7 +107,7 @@ class SiteSettings:
             local: The ``local`` folder of its kit.
 
         Raises:
-            ConfigError: the file is absent though named, is no JSON object, or holds an unknown key or a value out of range.
+            ConfigError: the file is named but absent, is no JSON object, or holds an unknown key or a wrong value.
         """
         settings: dict[str, Any] = {}
         file: Path | None = local / SETTINGS_FILE if local else None

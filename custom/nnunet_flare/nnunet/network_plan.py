@@ -1,0 +1,64 @@
+"""The part of the plans that all sites of one network must share."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nnunet_flare.errors import PlansError
+
+__all__ = ["check_same_network_plans", "network_plan"]
+
+_SHARED = ("architecture", "preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
+
+
+def network_plan(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """What must be equal for one shared network on equally preprocessed images: dotted key -> JSON value.
+
+    Batch and patch size are a site's own matter, as are the loss (``batch_dice``) and the image reader. Foreground
+    intensities count only for channels that nnU-Net normalises by them.
+    """
+    settings = plans["configurations"][configuration]
+    kept = {key: value for key, value in settings.items() if key in _SHARED or key.startswith("resampling_fn")}
+    kept |= {key: plans[key] for key in ("transpose_forward", "transpose_backward")}
+    kept["foreground_intensity_properties_per_channel"] = {
+        str(channel): plans["foreground_intensity_properties_per_channel"][str(channel)]
+        for channel, scheme in enumerate(settings["normalization_schemes"])
+        if scheme == "CTNormalization"
+    }
+    return dict(_flatten(kept))
+
+
+def check_same_network_plans(network_plans: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that all sites would train the same network.
+
+    Args:
+        network_plans: Site -> its ``network_plan``.
+
+    Raises:
+        PlansError: some differ; names the keys, and for each value the sites that have it.
+    """
+    differences = {}
+    for key in sorted({key for sent in network_plans.values() for key in sent}):
+        sites = defaultdict(list)
+        for site, sent in network_plans.items():
+            sites[json.dumps(sent[key]) if key in sent else "nothing"].append(site)
+        if len(sites) > 1:
+            differences[key] = ", ".join(f"{value} at {' and '.join(names)}" for value, names in sites.items())
+    if differences:
+        raise PlansError(
+            field=", ".join(differences),
+            expected="one value at all sites",
+            found="; ".join(f"{key}: {values}" for key, values in differences.items()),
+            remedy="give all sites the same memory target, plans_overrides and version of nnU-Net",
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
