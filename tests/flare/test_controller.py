@@ -69,7 +69,6 @@ def test_one_round_equals_the_weighted_mean_of_the_sites(demo_home, tmp_path, de
 
     # site-2 keeps three of its five cases, so that the weights differ
     dataset = demo_home / "site-2" / "nnUNet_raw" / "Dataset900_Demo"
-    splits = [{"train": ["a"], "val": ["b"]}]
     names = sorted(file.name.removesuffix(".nii.gz") for file in (dataset / "labelsTr").iterdir())
     splits = [{"train": names[:2], "val": names[2:]}]
     (dataset / "splits_final.json").write_text(json.dumps(splits))

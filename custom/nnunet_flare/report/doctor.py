@@ -20,7 +20,7 @@ from packaging.specifiers import SpecifierSet
 
 from nnunet_flare.errors import DatasetError
 from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
-from nnunet_flare.nnunet.site import DEMO_DATASET, SETTINGS_FILE, SiteSettings
+from nnunet_flare.nnunet.site import DEMO_DATASETS, SETTINGS_FILE, SiteSettings
 from nnunet_flare.report.table import MAX_WIDTH
 from nnunet_flare.report.traffic import layer_bytes
 
@@ -232,8 +232,7 @@ def _traffic(settings: SiteSettings, raw_dataset: Path | None) -> Check:
 
 
 def _is_demo(settings: SiteSettings) -> bool:
-    """``demo`` and its variants; nnU-Net's own names begin with ``Dataset`` or are numbers."""
-    return str(settings.dataset).startswith(DEMO_DATASET)
+    return settings.dataset in DEMO_DATASETS
 
 
 def _existing(folder: Path) -> Path:
