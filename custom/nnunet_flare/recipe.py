@@ -66,3 +66,8 @@ def demo_training() -> TrainingConfig:
 
 JOBS = {"ffe": lambda: FFERecipe(name="ffe", training=demo_training())}
 """Committed job folder -> recipe."""
+
+
+if __name__ == "__main__":
+    for recipe in JOBS.values():
+        recipe().export("jobs")

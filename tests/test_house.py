@@ -1,0 +1,50 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunet_flare.recipe import JOBS
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "custom" / "nnunet_flare").rglob("*.py"))
+
+
+def test_imports_point_downward_only():
+    result = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_committed_job_equals_its_recipe(name: str, tmp_path: Path):
+    JOBS[name]().export(str(tmp_path))
+
+    def files(folder: Path) -> dict[str, str]:
+        return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+    assert files(ROOT / "jobs" / name) == files(tmp_path / name)
+
+
+@pytest.mark.parametrize("module", ["nnunet_flare.flare.controller", "nnunet_flare.flare.executor", "nnunet_flare.cli"])
+def test_flares_processes_do_not_load_torch(module: str):
+    code = f"import sys, {module}; print(sorted({{'torch', 'nnunetv2', 'monai'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_nothing_is_pickled_and_torch_loads_weights_only():
+    for file in SOURCES:
+        text = file.read_text()
+        assert not re.search(r"\bpickle\b\.|import pickle|allow_pickle=True|\.recv\(\)|conn\.send\(", text), file
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, f"{file}: {call}"
+
+
+def test_every_module_says_what_it_is_for():
+    silent = [str(file) for file in SOURCES if file.read_text().strip() and not file.read_text().startswith('"""')]
+    assert silent == []
