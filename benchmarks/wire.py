@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -53,12 +54,15 @@ def main() -> None:
     values = sum(array.size for array in layers.values())
     print(f"{len(layers)} layers, {values / 1e6:.1f} million parameters, {reference / 1e6:.1f} MB in float32\n")
     print(f"{'':<24}{'arrays':>8}{'down MB':>10}{'up MB':>10}{'down':>9}{'up':>9}{'target':>9}")
-    for title, (arrays, ours, target) in rows.items():
-        down, up = exchange(arrays, ours=ours)
+    server = Server()
+    for number, (title, (arrays, ours, target)) in enumerate(rows.items(), start=1):
+        down, up = server.exchange(arrays, site=f"site-{number}", ours=ours)
         print(
             f"{title:<24}{len(arrays):>8}{down / 1e6:>10.2f}{up / 1e6:>10.2f}"
-            f"{down / reference:>9.4f}{up / reference:>9.4f}{target:>9}"
+            f"{down / reference:>9.4f}{up / reference:>9.4f}{target:>9}",
+            flush=True,
         )
+    os._exit(0)  # FLARE's threads keep waiting for sites
 
 
 def full_size_network() -> tuple[Arrays, Arrays]:
@@ -110,39 +114,42 @@ def to_plain_dxo(arrays: Arrays, *, reply: bool) -> Shareable:
     return DXO(DataKind.WEIGHTS, data=dict(arrays)).to_shareable()
 
 
-def exchange(arrays: Arrays, *, ours: bool) -> tuple[int, int]:
-    """One task down and one reply up; returns the bytes that server and site wrote."""
-    url = f"tcp://localhost:{get_open_tcp_port({})}"
-    cell = Cell(fqcn=FQCN.ROOT_SERVER, root_url=url, secure=False, credentials={})
+class Server:
+    """The server's cell, and what it hands out and must get back."""
 
-    def hand_out(request: Any) -> Any:
-        return make_reply(ReturnCode.OK, body=(to_message if ours else to_plain_dxo)(arrays, reply=False))
+    def __init__(self) -> None:
+        self._url = f"tcp://localhost:{get_open_tcp_port({})}"
+        self._cell = Cell(fqcn=FQCN.ROOT_SERVER, root_url=self._url, secure=False, credentials={})
+        self._cell.register_request_cb(channel=CHANNEL, topic=GET_TASK, cb=self._hand_out)
+        self._cell.register_request_cb(channel=CHANNEL, topic=SUBMIT, cb=self._accept)
+        self._cell.start()
 
-    def accept(request: Any) -> Any:
+    def exchange(self, arrays: Arrays, *, site: str, ours: bool) -> tuple[int, int]:
+        """One task down and one reply up; returns the bytes that server and site wrote."""
+        self._arrays, self._to_shareable = arrays, to_message if ours else to_plain_dxo
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=run_site, args=(there, site, self._url, ours))
+        with count_written_bytes() as written:
+            process.start()
+            try:
+                if not here.poll(TIMEOUT_S):
+                    raise TimeoutError(f"{site} has not replied within {TIMEOUT_S:.0f} s")
+                return written[0], here.recv()
+            finally:
+                process.kill()
+
+    def _hand_out(self, request: Any) -> Any:
+        return make_reply(ReturnCode.OK, body=self._to_shareable(self._arrays, reply=False))
+
+    def _accept(self, request: Any) -> Any:
         received = from_shareable(request.payload).data
-        assert all(np.array_equal(received[name], array) for name, array in arrays.items())
+        assert all(np.array_equal(received[name], array) for name, array in self._arrays.items())
         return make_reply(ReturnCode.OK)
 
-    cell.register_request_cb(CHANNEL, GET_TASK, hand_out)
-    cell.register_request_cb(CHANNEL, SUBMIT, accept)
-    with count_written_bytes() as written:
-        cell.start()
-        here, there = multiprocessing.Pipe()
-        site = multiprocessing.get_context("spawn").Process(target=run_site, args=(there, url, ours))
-        site.start()
-        try:
-            if not here.poll(TIMEOUT_S):
-                raise TimeoutError(f"the site has not replied within {TIMEOUT_S:.0f} s")
-            up = here.recv()
-        finally:
-            site.kill()
-            cell.stop()
-        return written[0], up
 
-
-def run_site(pipe: Connection, url: str, ours: bool) -> None:
+def run_site(pipe: Connection, site: str, url: str, ours: bool) -> None:
     nvflare_fobs_initialize()
-    cell = Cell(fqcn="site-1", root_url=url, secure=False, credentials={})
+    cell = Cell(fqcn=site, root_url=url, secure=False, credentials={})
     connected = threading.Event()
     cell.core_cell.set_cell_connected_cb(lambda agent: connected.set())
     with count_written_bytes() as written:
@@ -154,8 +161,13 @@ def run_site(pipe: Connection, url: str, ours: bool) -> None:
 
 
 def ask(cell: Cell, topic: str, payload: Shareable | None) -> Any:
-    request = new_cell_message({}, payload)
-    answer = cell.send_request(CHANNEL, topic, FQCN.ROOT_SERVER, request, timeout=TIMEOUT_S)
+    answer = cell.send_request(
+        channel=CHANNEL,
+        target=FQCN.ROOT_SERVER,
+        topic=topic,
+        request=new_cell_message({}, payload),
+        timeout=TIMEOUT_S,
+    )
     assert answer.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK, answer.headers
     return answer.payload
 

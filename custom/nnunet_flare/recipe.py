@@ -54,11 +54,11 @@ class FFERecipe(Recipe):
 
 
 def demo_training() -> TrainingConfig:
-    """Small enough for a laptop without a GPU: generated hearts, 2d, ten short rounds."""
+    """Small enough for a laptop without a GPU: generated hearts, 2d, eight short rounds."""
     return TrainingConfig(
         configuration="2d",
-        num_rounds=10,
-        iterations_per_epoch=20,
+        num_rounds=8,
+        iterations_per_epoch=25,
         val_iterations_per_epoch=3,
         num_foreground_voxels=1_000_000,
     )

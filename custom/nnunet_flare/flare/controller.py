@@ -16,26 +16,20 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 
-from nnunet_flare.aggregation.layers import Layers, apply_update, check_layers, signature_of
+from nnunet_flare.aggregation.layers import Layers, Signature, apply_update, check_layers, signature_of
 from nnunet_flare.aggregation.weighted_sum import WeightedSum
-from nnunet_flare.errors import (
-    ConfigError,
-    LayerMismatchError,
-    NNUNetFlareError,
-    ParticipationError,
-    UpdateError,
-)
+from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError, UpdateError
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Participation, RunStoppedError, ask_sites
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.curves import draw_learning_curves
-from nnunet_flare.flare.history import JSON_FILE, RoundRecord, RunHistory, SiteFinal, SiteRound
+from nnunet_flare.flare.history import JSON_FILE, RoundRecord, RunHistory, SiteRound
 from nnunet_flare.flare.protocol import Message
+from nnunet_flare.flare.replies import SiteDescription, SiteLayers, SitePlan, cast, site_final, site_round
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.nnunet.dataset import DatasetSchema, check_schemas_match, dataset_json
-from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
+from nnunet_flare.nnunet.dataset import check_schemas_match, dataset_json
 from nnunet_flare.nnunet.network_plan import check_same_network_plans
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.site import SiteSettings
@@ -140,10 +134,9 @@ class FFEController(Controller):
         self._plan(summary)
         if self._stops_after("plan"):
             return
-        self._preprocess()
+        self._agree_on_layers()
         if self._stops_after("preprocess"):
             return
-        self._agree_on_layers()
         layers = self._train()
         self._validate(layers)
         self._run.finish()
@@ -163,9 +156,10 @@ class FFEController(Controller):
         sites = sorted(client.name for client in self._fl_ctx.get_engine().get_clients())
         self._sites = dict.fromkeys(sites, "")
         replies = self._ask_every_site(protocol.DESCRIBE)
-        schemas = {site: DatasetSchema.from_json(reply.content.get("schema")) for site, reply in replies.items()}
-        self._sites = {site: reply.content.get("role") for site, reply in replies.items()}
-        _check_versions({site: reply.content.get("versions", {}) for site, reply in replies.items()})
+        described = {site: cast(site, reply, SiteDescription.parse) for site, reply in replies.items()}
+        self._sites = {site: description.role for site, description in described.items()}
+        _check_versions({site: description.versions for site, description in described.items()})
+        schemas = {site: description.schema for site, description in described.items()}
         check_schemas_match(schemas)
         self._training_sites = [site for site, role in self._sites.items() if role == "train"]
         self._min_sites = self._federation.min_sites or len(self._training_sites)
@@ -186,7 +180,10 @@ class FFEController(Controller):
             "num_cases_total": sum(self._num_cases.values()),
         }
         replies = self._ask_every_site(protocol.EXTRACT_FINGERPRINT, question, sites=self._training_sites)
-        summaries = [_parsed(site, FingerprintSummary.from_json, reply, "summary") for site, reply in replies.items()]
+        summaries = [
+            cast(site, reply, lambda content: FingerprintSummary.from_json(content["summary"]))
+            for site, reply in replies.items()
+        ]
         merged = merge_summaries(summaries)
         write_json(record, merged.to_json())
         write_json(self._folder / "dataset_fingerprint.json", merged.to_nnunet())
@@ -197,8 +194,9 @@ class FFEController(Controller):
         """Every site plans from the merged fingerprint; the network plans must be the same."""
         self._note(phase="plan")
         replies = self._ask_every_site(protocol.PLAN, {"summary": summary.to_json()})
-        check_same_network_plans({site: reply.content.get("network_plan") for site, reply in replies.items()})
-        plans = dict(replies[self._training_sites[0]].content["plans"])
+        planned = {site: cast(site, reply, SitePlan.parse) for site, reply in replies.items()}
+        check_same_network_plans({site: plan.network_plan for site, plan in planned.items()})
+        plans = dict(planned[self._training_sites[0]].plans)
         plans["dataset_name"] = f"Dataset000_{self.run}"
         self._plans = plans
         write_json(self._folder / "plans.json", plans)
@@ -209,28 +207,25 @@ class FFEController(Controller):
             f"batch {configuration['batch_size']}, {stages} stages"
         )
 
-    def _preprocess(self) -> None:
-        self._note(phase="preprocess")
-        self._ask_every_site(protocol.PREPROCESS)
-
     def _agree_on_layers(self) -> None:
-        """The initial weights, and every site's word that its network has exactly these layers."""
-        self._start_layers = self._run.load_global()
-        if self._start_layers is None:
-            self._process.start()  # imports torch while the sites answer
+        """Every site preprocesses and opens its training; its network must have exactly the common layers."""
+        self._note(phase="preprocess")
+        self._start = self._run.load_global()
+        if self._start is None:
+            self._process.start()  # imports torch while the sites preprocess
         replies = self._ask_every_site(protocol.LAYER_SIGNATURE)
-        if self._start_layers is None:
-            self._start_layers = 0, self._initial_layers()
-            self._run.save_global(*self._start_layers)
-        self._signature = signature_of(self._start_layers[1])
-        for site, reply in replies.items():
-            _check_signature(site, reply.content.get("signature"), self._signature)
-        self._weights = {
-            site: int(replies[site].content["num_training_cases"]) if self._config.weighting == "cases" else 1
-            for site in self._training_sites
-        }
-        millions = sum(array.size for array in self._start_layers[1].values()) / 1e6
-        self._say(f"{len(self._signature)} layers, {millions:.1f} million parameters")
+        opened = {site: cast(site, reply, SiteLayers.parse) for site, reply in replies.items()}
+        if self._start is None:
+            self._start = 0, self._initial_layers()
+            self._run.save_global(*self._start)
+        signature = signature_of(self._start[1])
+        for site, layers in opened.items():
+            _check_signature(site, layers.signature, signature)
+        self._shared = dict.fromkeys(self._sites, signature)
+        by_cases = self._config.weighting == "cases"
+        self._weights = {site: opened[site].num_training_cases if by_cases else 1 for site in self._training_sites}
+        millions = sum(array.size for array in self._start[1].values()) / 1e6
+        self._say(f"{len(signature)} layers, {millions:.1f} million parameters")
 
     def _initial_layers(self) -> dict[str, np.ndarray]:
         pretrained = None
@@ -261,7 +256,7 @@ class FFEController(Controller):
 
     def _train(self) -> Layers:
         """The rounds that are still to do; returns the final global layers."""
-        first, layers = self._start_layers
+        first, layers = self._start
         self._note(phase="train", rounds=tuple(item for item in self._history.rounds if item.round <= first))
         if first:
             self._say(f"continuing with round {first + 1} of {self._config.num_rounds}")
@@ -279,23 +274,35 @@ class FFEController(Controller):
         difference = self._config.update == "difference"
         wire = {name: array.astype(self._config.wire_dtype, copy=False) for name, array in layers.items()}
         content = self._request_content() | {"round": round_number, "update": self._config.update}
-        request = Message(content=content, layers=wire)
+        requests = {
+            site: Message(content=content, layers={name: wire[name] for name in shared})
+            for site, shared in self._shared.items()
+        }
         tasks = {"train": protocol.TRAIN, "evaluate": protocol.EVALUATE}
         total = WeightedSum(total_weight=sum(self._weights.values()))
         results: dict[str, SiteRound] = {}
         started = time.monotonic()
 
         def accept(site: str, reply: Message) -> None:
-            trains = self._sites[site] == "train"
-            if trains:
-                check_layers(reply.layers, self._signature, site=site)
+            role, seconds = self._sites[site], time.monotonic() - started
+            downloaded = protocol.layer_bytes(requests[site].layers)
+            result = cast(site, reply, lambda content: site_round(role, reply, downloaded, seconds))
+            if role == "train":
+                check_layers(reply.layers, self._shared[site], site=site)
                 if reply.difference != difference:
-                    raise _bad_reply(site, "update", self._config.update)
-            results[site] = _site_round(site, self._sites[site], reply, wire, time.monotonic() - started)
-            if trains:
+                    raise UpdateError(
+                        field="update",
+                        expected=self._config.update,
+                        found="the other kind of layers",
+                        remedy="remove filters that change the kind of update",
+                        site=site,
+                    )
                 total.add(reply.layers, weight=self._weights[site])
+            results[site] = result
 
-        outcome = self._ask({site: (tasks[role], request) for site, role in self._sites.items()}, accept, "round")
+        outcome = self._ask(
+            {site: (tasks[role], requests[site]) for site, role in self._sites.items()}, accept, "round"
+        )
         for error in outcome.failures.values():
             self._say(f"left out of round {round_number + 1}: {error}")
         trained = [site for site in results if self._sites[site] == "train"]
@@ -314,7 +321,7 @@ class FFEController(Controller):
         self._note(phase="validate")
         self._process.start()
         replies = self._ask_every_site(protocol.VALIDATE, layers=layers)
-        final = {site: _site_final(site, reply) for site, reply in replies.items()}
+        final = {site: cast(site, reply, site_final) for site, reply in replies.items()}
         self._process.call(
             "export_model",
             {
@@ -411,11 +418,7 @@ def _check_versions(versions: Mapping[str, Mapping[str, str]]) -> None:
                 )
 
 
-def _check_signature(site: str, received: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
-    try:
-        signature = {str(name): tuple(int(size) for size in shape) for name, shape in received}
-    except (TypeError, ValueError):
-        raise _bad_reply(site, "signature", "layer names and shapes") from None
+def _check_signature(site: str, signature: Signature, expected: Signature) -> None:
     for name in sorted(signature.keys() | expected.keys()):
         if signature.get(name) != expected.get(name):
             raise LayerMismatchError(
@@ -425,49 +428,3 @@ def _check_signature(site: str, received: Any, expected: Mapping[str, tuple[int,
                 remedy="use the same trainer and plans at every site",
                 site=site,
             )
-
-
-def _site_round(site: str, role: str, reply: Message, received: Layers, seconds: float) -> SiteRound:
-    content = reply.content
-    try:
-        return SiteRound(
-            dice={str(label): float(value) for label, value in content["dice"].items()},
-            train_loss=float(content.get("train_loss", "nan")),
-            num_cases=int(content["num_cases"]),
-            upload_bytes=protocol.layer_bytes(reply.layers),
-            download_bytes=protocol.layer_bytes(received),
-            seconds=seconds,
-            role=role,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _bad_reply(site, "scores", "Dice by label and a number of cases") from None
-
-
-def _site_final(site: str, reply: Message) -> SiteFinal:
-    try:
-        cases = tuple(
-            {str(label): LabelMetrics(**{n: float(v) for n, v in scores.items()}) for label, scores in case.items()}
-            for case in reply.content["cases"]
-        )
-        labels, foreground = mean_metrics(cases)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _bad_reply(site, "cases", "metrics by label for every case") from None
-    return SiteFinal(num_cases=len(cases), labels=labels, foreground=foreground, cases=cases)
-
-
-def _parsed(site: str, parse: Callable[[Any], Any], reply: Message, name: str) -> Any:
-    try:
-        return parse(reply.content.get(name))
-    except UpdateError as error:
-        error.site = site
-        raise
-
-
-def _bad_reply(site: str, field: str, expected: str) -> UpdateError:
-    return UpdateError(
-        field=field,
-        expected=expected,
-        found="something else",
-        remedy="run the same version of nnunet-flare everywhere",
-        site=site,
-    )

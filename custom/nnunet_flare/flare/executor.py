@@ -52,7 +52,6 @@ class NNUNetExecutor(Executor):
             protocol.DESCRIBE: self._describe,
             protocol.EXTRACT_FINGERPRINT: self._extract_fingerprint,
             protocol.PLAN: self._plan,
-            protocol.PREPROCESS: self._preprocess,
             protocol.LAYER_SIGNATURE: self._layer_signature,
             protocol.TRAIN: self._train,
             protocol.EVALUATE: self._evaluate,
@@ -102,7 +101,6 @@ class NNUNetExecutor(Executor):
 
     def _describe(self, request: Message, calls: Calls) -> Message:
         """The schema of the site's data, its role, and the versions that must fit."""
-        calls.process.start()  # its imports take seconds: let them overlap with the server's checks
         settings = calls.settings
         schema = DatasetSchema.read(find_dataset(settings.raw_root, settings.dataset))
         versions = {"python": ".".join(platform.python_version_tuple()[:2])}
@@ -116,10 +114,6 @@ class NNUNetExecutor(Executor):
 
     def _plan(self, request: Message, calls: Calls) -> Message:
         return calls.run("plan", **calls.training(), summary=request.content["summary"])
-
-    def _preprocess(self, request: Message, calls: Calls) -> Message:
-        calls.run("preprocess", **calls.training())
-        return Message()
 
     def _layer_signature(self, request: Message, calls: Calls) -> Message:
         return calls.run("prepare", **calls.training())

@@ -25,7 +25,6 @@ __all__ = [
     "EXTRACT_FINGERPRINT",
     "LAYER_SIGNATURE",
     "PLAN",
-    "PREPROCESS",
     "TASKS",
     "TRAIN",
     "VALIDATE",
@@ -38,12 +37,11 @@ __all__ = [
 DESCRIBE = "describe"
 EXTRACT_FINGERPRINT = "extract_fingerprint"
 PLAN = "plan"
-PREPROCESS = "preprocess"
 LAYER_SIGNATURE = "layer_signature"
 TRAIN = "train"
 EVALUATE = "evaluate"
 VALIDATE = "validate"
-TASKS = (DESCRIBE, EXTRACT_FINGERPRINT, PLAN, PREPROCESS, LAYER_SIGNATURE, TRAIN, EVALUATE, VALIDATE)
+TASKS = (DESCRIBE, EXTRACT_FINGERPRINT, PLAN, LAYER_SIGNATURE, TRAIN, EVALUATE, VALIDATE)
 
 _TEXT = "nnunet_flare"
 _LAYER_KINDS = (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import time
 import uuid
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from nnunet_flare.storage import FolderLock, read_json, write_atomically, write_
 __all__ = ["RunFolder"]
 
 _MANIFEST = "run.json"
+_MANIFEST_KEYS = {"run_id": str, "finished": bool, "settings": dict}
 _GLOBAL = re.compile(r"global_(\d+)\.npz")
 _KEPT_GLOBALS = 2
 
@@ -73,7 +76,18 @@ class RunFolder:
 
     def _manifest(self) -> dict[str, Any]:
         file = self.path / _MANIFEST
-        return read_json(file) if file.exists() else {}
+        if not file.exists():
+            return {}
+        manifest = read_json(file)
+        if not all(isinstance(manifest.get(key), kind) for key, kind in _MANIFEST_KEYS.items()):
+            raise StateError(
+                field=_MANIFEST,
+                expected=f"the keys {', '.join(_MANIFEST_KEYS)}",
+                found=", ".join(manifest) or "none",
+                remedy="move the run's folder away; the next submission starts it anew",
+                local_detail=str(file),
+            )
+        return manifest
 
     def _start(self, run_id: str, settings: Mapping[str, Any]) -> str:
         if self.path.exists():
@@ -107,9 +121,23 @@ class RunFolder:
             old.unlink()
 
     def load_global(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        """The newest weights and the round that starts from them, or None before the first."""
+        """The newest weights and the round that starts from them, or None before the first.
+
+        Raises:
+            StateError: the newest file is damaged.
+        """
         files = sorted(file for file in (self.path / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))
         if not files:
             return None
-        with np.load(files[-1], allow_pickle=False) as stored:
-            return int(_GLOBAL.fullmatch(files[-1].name)[1]), {name: stored[name] for name in stored.files}
+        newest = files[-1]
+        try:
+            with np.load(newest, allow_pickle=False) as stored:
+                return int(_GLOBAL.fullmatch(newest.name)[1]), {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise StateError(
+                field=newest.name,
+                expected="the global layers of a round",
+                found=type(error).__name__,
+                remedy="remove the file; the run then continues from the round before",
+                local_detail=f"{newest}: {error}",
+            ) from error

@@ -88,11 +88,6 @@ class Commands:
             "num_training_cases": training.num_training_cases,
         }
 
-    def preprocess(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> dict[str, Any]:
-        """Preprocess the site's data set for its plans, or find it done."""
-        site, config = SiteSettings.from_json(settings), TrainingConfig.from_json(job)
-        return {"folder": str(self._preprocess(site, config, Path(run)))}
-
     def _preprocess(self, site: SiteSettings, config: TrainingConfig, run: Path) -> Path:
         return preprocess(
             find_dataset(site.raw_root, site.dataset),

@@ -13,9 +13,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.nnunet.stepper import find_trainer, seed_everything
+from nnunet_flare.nnunet.stepper import find_trainer, seed_everything, write_checkpoint
 from nnunet_flare.nnunet.weights import canonical_tensors, read_layers, write_layers
-from nnunet_flare.storage import write_atomically, write_json
+from nnunet_flare.storage import write_json
 
 __all__ = ["export", "initial_layers"]
 
@@ -105,7 +105,7 @@ def export(
         "inference_allowed_mirroring_axes": _mirroring_axes(config, plans),
     }
     fold = folder / f"fold_{config.fold}"
-    write_atomically(fold / "checkpoint_final.pth", lambda temporary: torch.save(checkpoint, temporary))
+    write_checkpoint(fold / "checkpoint_final.pth", lambda handle: torch.save(checkpoint, handle))
     for name, content in (("plans", plans), ("dataset", dataset_json), ("dataset_fingerprint", fingerprint)):
         write_json(folder / f"{name}.json", content)
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from nnunet_flare.errors import ConfigError, StateError
 from nnunet_flare.nnunet.weights import canonical_tensors, read_layers, write_layers
 from nnunet_flare.storage import write_atomically
 
-__all__ = ["RoundSchedule", "Score", "TrainerStepper", "find_trainer", "seed_everything"]
+__all__ = ["RoundSchedule", "Score", "TrainerStepper", "find_trainer", "seed_everything", "write_checkpoint"]
 
 Progress = Callable[[int, int], None]
 
@@ -195,7 +195,7 @@ class TrainerStepper:
             "grad_scaler": trainer.grad_scaler.state_dict() if trainer.grad_scaler is not None else None,
             "logs": {name: [_plain(value) for value in values] for name, values in logs.items()},
         }
-        write_atomically(file, lambda temporary: torch.save(state, temporary))
+        write_checkpoint(file, lambda handle: torch.save(state, handle))
 
     def restore(self, file: Path) -> None:
         """Load what ``save`` wrote.
@@ -232,11 +232,30 @@ class TrainerStepper:
         _align_logs(logs, trainer.num_epochs)
         best_ema, trainer._best_ema = trainer._best_ema, logs["ema_fg_dice"][-1] if logs["ema_fg_dice"] else None
         final = Path(trainer.output_folder) / "checkpoint_final.pth"
-        write_atomically(final, lambda temporary: trainer.save_checkpoint(str(temporary)))
+        write_checkpoint(final, trainer.save_checkpoint)
         trainer._best_ema = best_ema
         with contextlib.suppress(Exception):  # a picture; nnU-Net's own drawing, of logs that may hold gaps
             type(trainer.logger).plot_progress_png(trainer.logger, trainer.output_folder)
         return Path(trainer.output_folder_base)
+
+
+def write_checkpoint(file: Path, save: Callable[[BinaryIO], object]) -> None:
+    """Let ``torch.save`` write atomically.
+
+    Raises:
+        OSError: what the disk said. torch closes its archive over it and reports a position in the file instead.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as handle:
+            try:
+                save(handle)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    write_atomically(file, write)
 
 
 def _make_augmentation_reproducible(trainer: nnUNetTrainer) -> None:

@@ -1,0 +1,109 @@
+"""What sites answer, cast to the types that the controller works with; anything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from nnunet_flare.errors import NNUNetFlareError, UpdateError
+from nnunet_flare.flare.history import SiteFinal, SiteRound
+from nnunet_flare.flare.protocol import Message, layer_bytes
+from nnunet_flare.nnunet.dataset import DatasetSchema
+from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
+from nnunet_flare.nnunet.site import ROLES
+
+__all__ = ["SiteDescription", "SiteLayers", "SitePlan", "cast", "site_final", "site_round"]
+
+T = TypeVar("T")
+
+
+def cast(site: str, reply: Message, parse: Callable[[Mapping[str, Any]], T]) -> T:
+    """``parse(reply.content)``.
+
+    Raises:
+        UpdateError: the content is not what ``parse`` expects; other errors of this package get the site's name.
+    """
+    try:
+        return parse(reply.content)
+    except NNUNetFlareError as error:
+        error.site = site
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UpdateError(
+            field=f"reply ({parse.__qualname__})",
+            expected="the content of this version's protocol",
+            found=f"{type(error).__name__}",
+            remedy="run the same version of nnunet-flare everywhere",
+            site=site,
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteDescription:
+    """A site's data, role and versions (package -> version)."""
+
+    schema: DatasetSchema
+    role: str
+    versions: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> SiteDescription:
+        role = content["role"]
+        if role not in ROLES:
+            raise ValueError(role)
+        versions = {str(name): str(version) for name, version in content["versions"].items()}
+        return cls(schema=DatasetSchema.from_json(content["schema"]), role=role, versions=versions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlan:
+    """A site's plans, as nnU-Net writes them, and the part that all sites must share."""
+
+    plans: Mapping[str, Any]
+    network_plan: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> SitePlan:
+        return cls(plans=dict(content["plans"]), network_plan=dict(content["network_plan"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteLayers:
+    """Names and shapes of a site's layers, and the training cases of its fold."""
+
+    signature: Mapping[str, tuple[int, ...]]
+    num_training_cases: int
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> SiteLayers:
+        signature = {str(name): tuple(int(size) for size in shape) for name, shape in content["signature"]}
+        number = int(content["num_training_cases"])
+        if number < 1:
+            raise ValueError(number)
+        return cls(signature=signature, num_training_cases=number)
+
+
+def site_round(role: str, reply: Message, download_bytes: int, seconds: float) -> SiteRound:
+    content = reply.content
+    return SiteRound(
+        dice={str(label): float(value) for label, value in content["dice"].items()},
+        train_loss=float(content.get("train_loss", "nan")),
+        num_cases=int(content["num_cases"]),
+        upload_bytes=layer_bytes(reply.layers),
+        download_bytes=download_bytes,
+        seconds=seconds,
+        role=role,
+    )
+
+
+def site_final(content: Mapping[str, Any]) -> SiteFinal:
+    cases = tuple(
+        {
+            str(label): LabelMetrics(**{name: float(value) for name, value in scores.items()})
+            for label, scores in case.items()
+        }
+        for case in content["cases"]
+    )
+    labels, foreground = mean_metrics(cases)
+    return SiteFinal(num_cases=len(cases), labels=labels, foreground=foreground, cases=cases)
