@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from conftest import TINY_TRAINING
+from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.recipe import FFERecipe
 
@@ -23,7 +25,10 @@ pytestmark = [pytest.mark.federation, pytest.mark.slow]
 
 SITES = ("site-1", "site-2")
 RUN = "faults"
+WORKER = "nnunet_flare.nnunet.worker"
 PATIENCE_S = 240
+ROUND_TIMEOUT_S = 30
+"""FLARE's simulator does not notice that a client has died: the round ends by its deadline."""
 
 
 def wait_until(holds: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -70,9 +75,11 @@ class Simulation:
         for site in SITES:
             shutil.copytree(data / site, self.home / site / "nnUNet_raw")
         training = TrainingConfig(**TINY_TRAINING | {"iterations_per_epoch": 8})
-        FFERecipe(name=RUN, training=training).export(str(folder / "jobs"))
+        federation = FederationConfig(round_timeout_s=ROUND_TIMEOUT_S)
+        FFERecipe(name=RUN, training=training, federation=federation).export(str(folder / "jobs"))
 
     def start(self) -> None:
+        self.started = time.monotonic()
         command = [Path(sys.executable).with_name("nvflare"), "simulator", self.folder / "jobs" / RUN]
         environment = os.environ | {"HOME": str(self.folder), "NNUNET_FLARE_HOME": str(self.home)}
         with (self.folder / "simulator.log").open("ab") as log:
@@ -93,8 +100,11 @@ class Simulation:
 
     def end(self) -> None:
         """Wait for the simulator's own end, and for that of every process it had."""
-        self.seen |= descendants(self.process.pid)
-        wait_until(lambda: self.process.poll() is not None, "the simulator to end")
+        while self.process.poll() is None:
+            self.seen |= descendants(self.process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
+            assert time.monotonic() < self.started + PATIENCE_S, f"the simulator runs for {PATIENCE_S} s"
         wait_until(lambda: not self.left_over(), "its processes to end", 20)
 
     def left_over(self) -> list[int]:
@@ -121,7 +131,7 @@ class Simulation:
         assert self.rounds() == [1]
 
     def worker_of(self, site: str) -> int:
-        return next(pid for pid in descendants(self.client_of(site)) if "nnunet_flare.nnunet.worker" in command_of(pid))
+        return next(pid for pid in descendants(self.client_of(site)) if WORKER in command_of(pid))
 
     def client_of(self, site: str) -> int:
         return next(pid for pid in descendants(self.process.pid) if f"--client {site} " in command_of(pid))
@@ -160,7 +170,8 @@ def client(simulation: Simulation) -> list[int]:
 
 def all_of_flare(simulation: Simulation) -> list[int]:
     """nnU-Net's processes are left to notice for themselves that nobody asks them any more."""
-    return [simulation.process.pid, *map(simulation.client_of, SITES)]
+    others = [pid for pid in descendants(simulation.process.pid) if WORKER not in command_of(pid)]
+    return [simulation.process.pid, *others]
 
 
 @pytest.mark.parametrize("victims", [nnunet_process, client, all_of_flare])

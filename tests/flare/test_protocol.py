@@ -99,9 +99,6 @@ FOREIGN = {
     "extra data beside the text": DXO(
         DataKind.APP_DEFINED, data={TEXT: "{}", "image": np.zeros((4, 4), np.float32)}
     ).to_shareable(),
-    "extra meta beside the layers": DXO(
-        DataKind.WEIGHTS, data={"w": WEIGHT}, meta={TEXT: "{}", "patient": 7}
-    ).to_shareable(),
 }
 
 
@@ -112,6 +109,13 @@ def test_what_is_not_the_protocol_is_refused(kind):
     assert refusal.value.site == "site-1"
     assert refusal.value.field == "message"
     assert "patient" not in str(refusal.value)
+
+
+def test_what_filters_note_beside_the_layers_does_not_get_into_the_message():
+    shareable = DXO(DataKind.WEIGHTS, data={"w": WEIGHT}, meta={TEXT: "{}", "patient": 7}).to_shareable()
+    message = read_message(shareable, sender="site-1")
+    assert message.content == {}
+    assert message.layers.keys() == {"w"}
 
 
 def test_a_torch_tensor_is_refused():

@@ -51,7 +51,7 @@ class WeightedSum:
             self._weights[name] = self._weights.get(name, 0) + weight
 
     def mean(self) -> dict[str, NDArray[np.float32]]:
-        """The weighted mean of every layer that at least one site sent, as float32.
+        """The weighted mean of every layer that at least one site sent, as float32; the sum is then empty.
 
         Raises:
             ParticipationError: no site has sent anything.
@@ -61,6 +61,6 @@ class WeightedSum:
                 field="round", expected="at least one update", found="none", remedy="see the sites' logs"
             )
         return {
-            name: (values * (STEP * self._total_weight / self._weights[name])).astype(np.float32)
-            for name, values in self._sums.items()
+            name: (self._sums.pop(name) * (STEP * self._total_weight / self._weights.pop(name))).astype(np.float32)
+            for name in list(self._sums)
         }

@@ -88,11 +88,15 @@ def read_message(shareable: Shareable, *, sender: str) -> Message:
     try:
         dxo = from_shareable(shareable)
         layers = dxo.data if dxo.data_kind in _LAYER_KINDS else {}
+        if not layers and (dxo.data_kind != DataKind.APP_DEFINED or set(dxo.data) != {_TEXT}):
+            raise _foreign("another kind of data", sender)
         content = json.loads((dxo.meta if layers else dxo.data)[_TEXT])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _foreign(type(error).__name__, sender) from error
     if not isinstance(content, dict):
         raise _foreign(type(content).__name__, sender)
+    # FLARE delivers an array without axes as a NumPy scalar.
+    layers = {name: np.asarray(array) if isinstance(array, np.floating) else array for name, array in layers.items()}
     for name, array in layers.items():
         if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             raise _foreign(f"{type(array).__name__} among the layers", sender)

@@ -25,13 +25,14 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_flare.errors import ConfigError, DatasetError, WorkerError
 from nnunet_flare.fingerprint.summary import CaseValues, FingerprintSummary, merge_summaries
 from nnunet_flare.nnunet.dataset import Case, RawDataset, dataset_json
+from nnunet_flare.nnunet.nifti import check_complete
 
 __all__ = ["each_case", "extract_cases", "extract_summary"]
 
 Result = TypeVar("Result")
 
 _READ, _CHANNELS, _VOXELS, _LABEL_VOXELS, _LABELS, _SHAPE, _SPACING = _FAULTS = (
-    ("image and label files", "files that nnU-Net's reader opens, one grid for all channels", "unreadable files"),
+    ("image and label files", "whole files that nnU-Net's reader opens, one grid for all channels", "unreadable files"),
     ("image channels", "the channels of dataset.json", "other channels"),
     ("image voxels", "finite numbers", "NaN or infinite voxels"),
     ("label voxels", "numbers", "NaN voxels in the label"),
@@ -189,6 +190,8 @@ class _CheckedReader:
 
     def _read(self, method: str, files: list[str] | str) -> tuple[np.ndarray, dict[str, Any]]:
         try:
+            for file in [files] if isinstance(files, str) else files:
+                check_complete(Path(file))
             return getattr(self.reader(), method)(files)
         except Exception as error:  # whatever the format's library raises for a damaged file
             raise _FaultyCaseError(_READ, f"{type(error).__name__}: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from nnunet_flare.nnunet.dataset import (
     files_by_stem,
     pair_cases,
 )
+from nnunet_flare.nnunet.nifti import check_complete
 from nnunet_flare.nnunet.resample import label_changes, resample_case
 from nnunet_flare.nnunet.site import SETTINGS_FILE
 
@@ -286,8 +286,7 @@ def _check_grids(name: str, case: Case, spacing_mm: Sequence[float] | None) -> N
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         _readable(name, reader.ReadImageInformation)
-        if path.suffix == ".gz":  # SimpleITK fills the rest of a truncated file with zeros
-            _readable(name, partial(_decompress, path))
+        _readable(name, partial(check_complete, path))
         grids.append((reader.GetSize(), reader.GetSpacing()))
     if any(size != grids[0][0] or not np.allclose(spacing, grids[0][1], rtol=1e-3) for size, spacing in grids):
         raise DatasetError(
@@ -312,12 +311,6 @@ def _readable(name: str, read: Callable[[], T]) -> T:
             remedy="replace or remove the case",
             local_detail=f"{name}\n{error}",
         ) from error
-
-
-def _decompress(file: Path) -> None:
-    with gzip.open(file) as stream:
-        while stream.read(1 << 24):
-            pass
 
 
 def _write_site(
