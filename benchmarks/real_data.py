@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.nnunet.assignment import FractionAssignment
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.metrics import mean_metrics, segmentation_metrics
 from nnunet_flare.nnunet.site import SETTINGS_FILE, SETTINGS_VARIABLE
-from nnunet_flare.nnunet.split import FractionAssignment, split_dataset
+from nnunet_flare.nnunet.split import split_dataset
 from nnunet_flare.recipe import FFERecipe
 
 SITES = ("site-1", "site-2", "site-3")

@@ -119,14 +119,9 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _split(options: argparse.Namespace) -> int:
+    from nnunet_flare.nnunet.assignment import FractionAssignment, TableAssignment, parse_fractions, parse_spacings
     from nnunet_flare.nnunet.site import SETTINGS_FILE, SETTINGS_VARIABLE
-    from nnunet_flare.nnunet.split import (
-        FractionAssignment,
-        TableAssignment,
-        parse_fractions,
-        parse_spacings,
-        split_dataset,
-    )
+    from nnunet_flare.nnunet.split import split_dataset
 
     assignment = (
         TableAssignment(file=options.csv)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_flare.errors import DatasetError, UpdateError
-from nnunet_flare.nnunet.dataset import DatasetSchema, RawDataset, check_schemas_match, dataset_json, find_dataset
+from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
+from nnunet_flare.nnunet.schema import DatasetSchema, check_schemas_match, dataset_json
 
 SCHEMA = DatasetSchema(
     channel_names={0: "T1", 1: "CT"},
@@ -39,7 +40,7 @@ def write_dataset(folder: Path, schema: DatasetSchema = SCHEMA, cases=("patient_
 
 def reject(folder: Path, *, field: str, found: str = "", case: str = "") -> DatasetError:
     with pytest.raises(DatasetError) as caught:
-        DatasetSchema.read(folder)
+        RawDataset.read(folder)
     error = caught.value
     assert field in error.field
     assert found in error.found
@@ -80,7 +81,7 @@ def test_a_missing_raw_data_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("schema", [SCHEMA, REGIONS], ids=["labels", "regions"])
 def test_reading_returns_what_was_written(tmp_path, schema):
-    assert DatasetSchema.read(write_dataset(tmp_path, schema)) == schema
+    assert RawDataset.read(write_dataset(tmp_path, schema)).schema == schema
 
 
 def test_the_cases_are_those_that_nnunet_finds(tmp_path):
@@ -189,7 +190,7 @@ def test_other_files_beside_the_images_do_no_harm(tmp_path):
     write_dataset(tmp_path)
     for name in ("imagesTr/notes.txt", "imagesTr/patient_b.json", "labelsTr/.DS_Store"):
         (tmp_path / name).touch()
-    assert DatasetSchema.read(tmp_path) == SCHEMA
+    assert RawDataset.read(tmp_path).schema == SCHEMA
 
 
 def test_a_wrong_number_of_training_cases_is_refused(tmp_path):
@@ -200,7 +201,7 @@ def test_a_wrong_number_of_training_cases_is_refused(tmp_path):
 def test_a_colour_image_stands_for_its_three_channels(tmp_path):
     colour = replace(SCHEMA, channel_names={0: "R", 1: "G", 2: "B"}, file_ending=".png")
     write_dataset(tmp_path, replace(colour, channel_names={0: "R"}), channel_names={"0": "R", "1": "G", "2": "B"})
-    assert DatasetSchema.read(tmp_path) == colour
+    assert RawDataset.read(tmp_path).schema == colour
 
 
 BAD_LABELS = [
@@ -351,7 +352,7 @@ def test_a_differing_site_is_refused_with_both_values(first, change, field, expe
 
 def test_the_model_folder_gets_no_description_and_no_case_list(tmp_path):
     write_dataset(tmp_path, description="patients of Dr X", licence="none", name="secret")
-    assert dataset_json(DatasetSchema.read(tmp_path), 7) == {
+    assert dataset_json(RawDataset.read(tmp_path).schema, 7) == {
         "channel_names": {"0": "T1", "1": "CT"},
         "labels": {"background": 0, "RV": 1, "MYO": 2},
         "numTraining": 7,

@@ -6,8 +6,9 @@ import SimpleITK
 
 from nnunet_flare.errors import DatasetError
 from nnunet_flare.nnunet import phantoms
-from nnunet_flare.nnunet.dataset import DatasetSchema, RawDataset, check_schemas_match
+from nnunet_flare.nnunet.dataset import RawDataset
 from nnunet_flare.nnunet.phantoms import LABELS, write_demo_dataset
+from nnunet_flare.nnunet.schema import check_schemas_match
 
 SITES = ("site-1", "site-2", "site-3", "Charité Berlin")
 
@@ -28,7 +29,7 @@ def pixels(image):
 def test_the_sites_data_sets_are_complete_and_share_one_schema(tmp_path, dimension, name):
     folders = {site: write_demo_dataset(tmp_path / site, site, num_cases=2, dimension=dimension) for site in SITES}
     assert {folder.name for folder in folders.values()} == {name}
-    schemas = {site: DatasetSchema.read(folder) for site, folder in folders.items()}
+    schemas = {site: RawDataset.read(folder).schema for site, folder in folders.items()}
     check_schemas_match(schemas)
     assert schemas["site-1"].labels == {"background": 0, "RV": 1, "MYO": 2, "LV": 3}
 

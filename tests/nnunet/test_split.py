@@ -11,17 +11,13 @@ from hypothesis import strategies as st
 
 from nnunet_flare.errors import ConfigError, DatasetError
 from nnunet_flare.nnunet import split
-from nnunet_flare.nnunet.dataset import DatasetSchema, RawDataset, dataset_json
+from nnunet_flare.nnunet.assignment import FractionAssignment, TableAssignment, parse_fractions, parse_spacings
+from nnunet_flare.nnunet.dataset import RawDataset
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.nnunet.resample import resample_image, resample_labels
+from nnunet_flare.nnunet.schema import DatasetSchema, dataset_json
 from nnunet_flare.nnunet.site import SiteSettings
-from nnunet_flare.nnunet.split import (
-    FractionAssignment,
-    TableAssignment,
-    parse_fractions,
-    parse_spacings,
-    split_dataset,
-)
+from nnunet_flare.nnunet.split import split_dataset
 
 HALVES = FractionAssignment(fractions={"site-1": 0.5, "site-2": 0.5})
 CASES = [f"phantom_{index:03d}" for index in range(8)]
@@ -181,10 +177,10 @@ def test_a_split_is_a_partition_into_valid_data_sets(demo, tmp_path):
     }
     assert cases_of(folders["site-1"]) | cases_of(folders["site-2"]) == set(CASES)
     assert not cases_of(folders["site-1"]) & cases_of(folders["site-2"])
-    source = DatasetSchema.read(demo)
+    source = RawDataset.read(demo).schema
     for folder in folders.values():
-        assert DatasetSchema.read(folder).num_training == 4
-        assert DatasetSchema.read(folder).labels == source.labels
+        assert RawDataset.read(folder).schema.num_training == 4
+        assert RawDataset.read(folder).schema.labels == source.labels
         for path in folder.glob("*Tr/*"):
             assert path.read_bytes() == (demo / path.relative_to(folder)).read_bytes()
 
@@ -229,7 +225,7 @@ def test_a_pair_of_folders_becomes_a_data_set(tmp_path):
     pair = (tmp_path / "my organ/images", tmp_path / "my organ/labels")
     again = split_dataset(pair, tmp_path / "b", assignment=HALVES, name="organ", dataset_id=7, **names)
     assert again["site-2"].name == "Dataset008_OrganSite2"
-    assert DatasetSchema.read(again["site-2"]).labels == names["labels"]
+    assert RawDataset.read(again["site-2"]).schema.labels == names["labels"]
 
 
 def test_a_pair_without_names_or_a_data_set_with_other_names_is_refused(demo, tmp_path):
@@ -330,7 +326,7 @@ def test_only_the_site_asked_for_is_resampled_and_its_label_volumes_are_reported
     folders = split_dataset(demo, tmp_path / "out", assignment=HALVES, spacing_mm={"site-2": (3, 3, 10)})
     spacing = {site: SimpleITK.ReadImage(next(f.glob("imagesTr/*"))).GetSpacing() for site, f in folders.items()}
     assert spacing == {"site-1": (2, 2, 10), "site-2": (3, 3, 10)}
-    assert DatasetSchema.read(folders["site-2"]).num_training == 4
+    assert RawDataset.read(folders["site-2"]).schema.num_training == 4
     assert [record.args[1] for record in caplog.records if "label" in record.msg] == [1, 2, 3]
     assert "phantom_" not in caplog.text
 

@@ -12,6 +12,8 @@ __all__ = ["STEP", "WeightedSum"]
 
 STEP = 2.0**-40
 """Fixed-point step of the sum, in weight units."""
+_BLOCK = 8192
+"""Values at a time: their float64 and int64 forms stay in the processor's cache."""
 
 
 class WeightedSum:
@@ -39,15 +41,14 @@ class WeightedSum:
 
     def add(self, layers: Layers, *, weight: int) -> None:
         """Add one site's layers, checked before (``check_layers``), with a positive integer weight."""
-        share = weight / self._total_weight / STEP
+        share = np.float64(weight / self._total_weight / STEP)
         for name, array in layers.items():
-            scaled = array.astype(np.float64)
-            scaled *= share
-            np.rint(scaled, out=scaled)
-            if name in self._sums:
-                self._sums[name] += scaled.astype(np.int64)
-            else:
-                self._sums[name] = scaled.astype(np.int64)
+            if name not in self._sums:
+                self._sums[name] = np.zeros(array.shape, np.int64)
+            values, sums = array.reshape(-1), self._sums[name].reshape(-1)
+            for start in range(0, values.size, _BLOCK):
+                block = slice(start, start + _BLOCK)
+                sums[block] += np.rint(values[block] * share).astype(np.int64)
             self._weights[name] = self._weights.get(name, 0) + weight
 
     def mean(self) -> dict[str, NDArray[np.float32]]:

@@ -29,9 +29,9 @@ from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SiteDescription, SiteLayers, SitePlan, cast, site_final, site_round
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.nnunet.dataset import check_schemas_match, dataset_json
 from nnunet_flare.nnunet.network_plan import check_same_network_plans
 from nnunet_flare.nnunet.process import NNUNetProcess
+from nnunet_flare.nnunet.schema import check_schemas_match, dataset_json
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json, write_json
 

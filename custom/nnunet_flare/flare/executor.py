@@ -25,7 +25,7 @@ from nnunet_flare.flare import protocol
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.nnunet.dataset import DatasetSchema, find_dataset
+from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.site import DEMO_DATASETS, SiteSettings
@@ -102,7 +102,7 @@ class NNUNetExecutor(Executor):
     def _describe(self, request: Message, calls: Calls) -> Message:
         """The schema of the site's data, its role, and the versions that must fit."""
         settings = calls.settings
-        schema = DatasetSchema.read(find_dataset(settings.raw_root, settings.dataset))
+        schema = RawDataset.read(find_dataset(settings.raw_root, settings.dataset)).schema
         versions = {"python": ".".join(platform.python_version_tuple()[:2])}
         versions |= {name: version(name).partition("+")[0] for name in VERSIONED}
         return Message(content={"schema": schema.to_json(), "role": settings.role, "versions": versions})

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from nnunet_flare.errors import NNUNetFlareError, UpdateError
 from nnunet_flare.flare.history import SiteFinal, SiteRound
 from nnunet_flare.flare.protocol import Message, layer_bytes
-from nnunet_flare.nnunet.dataset import DatasetSchema
 from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
+from nnunet_flare.nnunet.schema import DatasetSchema
 from nnunet_flare.nnunet.site import ROLES
 
 __all__ = ["SiteDescription", "SiteLayers", "SitePlan", "cast", "site_final", "site_round"]

@@ -24,8 +24,9 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_flare.errors import ConfigError, DatasetError, WorkerError
 from nnunet_flare.fingerprint.summary import CaseValues, FingerprintSummary, merge_summaries
-from nnunet_flare.nnunet.dataset import Case, RawDataset, dataset_json
+from nnunet_flare.nnunet.dataset import Case, RawDataset
 from nnunet_flare.nnunet.nifti import check_complete
+from nnunet_flare.nnunet.schema import dataset_json
 
 __all__ = ["each_case", "extract_cases", "extract_summary"]
 

@@ -18,7 +18,7 @@ import SimpleITK
 from scipy import ndimage
 
 from nnunet_flare.errors import DatasetError
-from nnunet_flare.nnunet.dataset import DATASET_FILE, DatasetSchema, dataset_json
+from nnunet_flare.nnunet.schema import DATASET_FILE, DatasetSchema, dataset_json
 
 __all__ = ["LABELS", "write_demo_dataset"]
 

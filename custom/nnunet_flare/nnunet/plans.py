@@ -14,7 +14,8 @@ from typing import Any
 
 from nnunet_flare.errors import PlansError
 from nnunet_flare.fingerprint.summary import FingerprintSummary
-from nnunet_flare.nnunet.dataset import RawDataset, dataset_json
+from nnunet_flare.nnunet.dataset import RawDataset
+from nnunet_flare.nnunet.schema import dataset_json
 
 __all__ = ["plan"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
@@ -10,165 +9,27 @@ import re
 import shutil
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import SimpleITK
 
-from nnunet_flare.errors import ConfigError, DatasetError
-from nnunet_flare.nnunet.dataset import (
-    COLOUR_ENDINGS,
-    DATASET_FILE,
-    IMAGE_ENDINGS,
-    Case,
-    DatasetSchema,
-    RawDataset,
-    dataset_json,
-    files_by_stem,
-    pair_cases,
-)
+from nnunet_flare.errors import DatasetError
+from nnunet_flare.nnunet.assignment import Assignment, config_error
+from nnunet_flare.nnunet.dataset import COLOUR_ENDINGS, IMAGE_ENDINGS, Case, RawDataset, files_by_stem, pair_cases
 from nnunet_flare.nnunet.nifti import check_complete
 from nnunet_flare.nnunet.resample import label_changes, resample_case
+from nnunet_flare.nnunet.schema import DATASET_FILE, DatasetSchema, dataset_json
 from nnunet_flare.nnunet.site import SETTINGS_FILE
 
-__all__ = [
-    "Assignment",
-    "FractionAssignment",
-    "TableAssignment",
-    "parse_fractions",
-    "parse_spacings",
-    "split_dataset",
-]
+__all__ = ["split_dataset"]
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class Assignment(Protocol):
-    """Decides which site gets which case."""
-
-    def assign(self, cases: Collection[str]) -> dict[str, str]:
-        """Case -> site, for every case.
-
-        Raises:
-            ConfigError: a case has no site, or a site no case.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableAssignment:
-    """Cases go where a CSV file with the header ``case,site`` sends them."""
-
-    file: Path
-
-    def assign(self, cases: Collection[str]) -> dict[str, str]:
-        try:
-            text = self.file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise _config_error("assignment", "a CSV file in UTF-8", "no such file", detail=[str(self.file)]) from error
-        header, *rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row] or [[]]
-        if header != ["case", "site"]:
-            raise _config_error("assignment", "the header case,site", ",".join(header) or "an empty file")
-        if any(len(row) != 2 or not all(row) for row in rows):
-            raise _config_error("assignment", "a case and a site in each row", "rows with more or less")
-        listed = [case for case, _ in rows]
-        twice = {case for case in listed if listed.count(case) > 1}
-        for found, wrong in (
-            ("cases that are listed twice", twice),
-            ("cases that the data set does not have", set(listed) - set(cases)),
-            ("cases of the data set that are not listed", set(cases) - set(listed)),
-        ):
-            if wrong:
-                raise _config_error("assignment", "each case once", f"{len(wrong)} {found}", detail=wrong)
-        return dict(rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FractionAssignment:
-    """Cases are shuffled and shared out by fractions; the largest remainders round up, so that none is left over.
-
-    Args:
-        fractions: Site -> share of the patients, such as ``Fraction(1, 3)``, ``0.2`` or ``"0.2"``; they sum to 1.
-        seed: Of the shuffle.
-        patient_pattern: Regular expression whose one group is the patient in a case name; all cases of a patient
-            go to one site. Without it, each case is a patient.
-    """
-
-    fractions: Mapping[str, Fraction | float | str]
-    seed: int = 0
-    patient_pattern: str | None = None
-
-    def assign(self, cases: Collection[str]) -> dict[str, str]:
-        fractions = {site: Fraction(str(value)) for site, value in self.fractions.items()}
-        if any(value <= 0 for value in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
-            found = " + ".join(str(value) for value in self.fractions.values())
-            raise _config_error("fractions", "fractions above 0 that sum to 1", found)
-        cases_of = self._cases_by_patient(cases)
-        patients = np.random.default_rng(self.seed).permutation(sorted(cases_of)).tolist()
-        shares = {site: value * len(patients) for site, value in fractions.items()}
-        counts = {site: int(share) for site, share in shares.items()}
-        by_remainder = sorted(shares, key=lambda site: counts[site] - shares[site])
-        for site in by_remainder[: len(patients) - sum(counts.values())]:
-            counts[site] += 1
-        if empty := [site for site, count in counts.items() if count == 0]:
-            found = f"none for {', '.join(empty)} of {len(patients)}"
-            raise _config_error("fractions", "a patient for each site", found)
-        sites = [site for site, count in counts.items() for _ in range(count)]
-        return {case: site for patient, site in zip(patients, sites, strict=True) for case in cases_of[patient]}
-
-    def _cases_by_patient(self, cases: Collection[str]) -> dict[str, list[str]]:
-        try:
-            pattern = re.compile(self.patient_pattern or "(.+)")
-        except re.error as error:
-            raise _config_error("patient_pattern", "a regular expression", str(error)) from error
-        if pattern.groups != 1:
-            raise _config_error("patient_pattern", "one group, the patient", f"{pattern.groups} groups")
-        matches = {case: pattern.search(case) for case in sorted(cases)}
-        if unmatched := [case for case, match in matches.items() if not (match and match[1])]:
-            found = f"{len(unmatched)} of {len(matches)} without"
-            raise _config_error("patient_pattern", "a patient in each case name", found, detail=unmatched)
-        cases_of = defaultdict(list)
-        for case, match in matches.items():
-            cases_of[match[1]].append(case)
-        return cases_of
-
-
-def parse_fractions(text: str) -> dict[str, Fraction]:
-    """Fractions as a user writes them.
-
-    >>> parse_fractions("site-1=0.5,site-2=1/2")
-    {'site-1': Fraction(1, 2), 'site-2': Fraction(1, 2)}
-    """
-    return _parse_sites(text, "fractions", "site-1=0.6,site-2=0.4", Fraction)
-
-
-def parse_spacings(text: str) -> dict[str, tuple[float, ...]]:
-    """Spacings in mm as a user writes them.
-
-    >>> parse_spacings("site-2=1x1x2.5")
-    {'site-2': (1.0, 1.0, 2.5)}
-    """
-    return _parse_sites(text, "spacing", "site-2=1x1x2", lambda value: tuple(map(float, value.split("x"))))
-
-
-def _parse_sites(text: str, field: str, example: str, parse: Callable[[str], T]) -> dict[str, T]:
-    parsed: dict[str, T] = {}
-    for item in text.split(","):
-        site, separator, value = (part.strip() for part in item.partition("="))
-        try:
-            parsed_value = parse(value)
-        except (ValueError, ZeroDivisionError) as error:
-            raise _config_error(field, example, repr(item)) from error
-        if not separator or not site or site in parsed:
-            raise _config_error(field, f"each site once, as in {example}", repr(item))
-        parsed[site] = parsed_value
-    return parsed
 
 
 def split_dataset(
@@ -206,7 +67,7 @@ def split_dataset(
         DatasetError: the source is incomplete, or an image cannot be read.
     """
     if out.exists():
-        raise _config_error("out", "a folder that does not exist", "an existing one", "choose another", [str(out)])
+        raise config_error("out", "a folder that does not exist", "an existing one", "choose another", [str(out)])
     raw = _open(source, channel_names, labels)
     folder_name = (source if isinstance(source, Path) else source[0].parent).absolute().name
     named = re.fullmatch(r"Dataset(\d{3})_(\w+)", folder_name)
@@ -217,9 +78,9 @@ def split_dataset(
     for case, site in sorted(assignment.assign(raw.cases).items(), key=lambda item: (item[1], item[0])):
         cases_of[site][case] = raw.cases[case]
     if odd := [site for site in cases_of if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", site)]:
-        raise _config_error("site", "names of letters, digits, '-', '_' and '.'", ", ".join(map(repr, odd)))
+        raise config_error("site", "names of letters, digits, '-', '_' and '.'", ", ".join(map(repr, odd)))
     if not 1 <= first_id <= 1000 - len(cases_of):
-        raise _config_error("dataset_id", "ids from 1 to 999", f"{len(cases_of)} from {first_id} on")
+        raise config_error("dataset_id", "ids from 1 to 999", f"{len(cases_of)} from {first_id} on")
     spacings = dict(spacing_mm or {})
     _check_spacings(spacings, cases_of, raw.schema)
     for site, cases in cases_of.items():
@@ -247,7 +108,7 @@ def _open(
     described = isinstance(source, Path) and (source / DATASET_FILE).exists()
     if described != (channel_names is None and labels is None) or (channel_names is None) != (labels is None):
         found = f"a {DATASET_FILE} and names too" if described else "neither both names nor a description"
-        raise _config_error("channel_names, labels", f"both, or a source with {DATASET_FILE}", found)
+        raise config_error("channel_names, labels", f"both, or a source with {DATASET_FILE}", found)
     if described:
         return RawDataset.read(source)
     image_folder, label_folder = (source / "images", source / "labels") if isinstance(source, Path) else source
@@ -271,12 +132,12 @@ def _open(
 
 def _check_spacings(spacings: Mapping[str, Sequence[float]], sites: Collection[str], schema: DatasetSchema) -> None:
     if unknown := sorted(set(spacings) - set(sites)):
-        raise _config_error("spacing_mm", f"sites among {', '.join(sites)}", ", ".join(unknown))
+        raise config_error("spacing_mm", f"sites among {', '.join(sites)}", ", ".join(unknown))
     for spacing in spacings.values():
         if not all(0 < value < float("inf") for value in spacing):
-            raise _config_error("spacing_mm", "lengths above 0", "x".join(map(str, spacing)))
+            raise config_error("spacing_mm", "lengths above 0", "x".join(map(str, spacing)))
     if spacings and schema.file_ending in (*COLOUR_ENDINGS, ".tiff"):
-        raise _config_error("spacing_mm", "images with a spacing in mm", f"{schema.file_ending} images")
+        raise config_error("spacing_mm", "images with a spacing in mm", f"{schema.file_ending} images")
 
 
 def _check_grids(name: str, case: Case, spacing_mm: Sequence[float] | None) -> None:
@@ -297,7 +158,7 @@ def _check_grids(name: str, case: Case, spacing_mm: Sequence[float] | None) -> N
             local_detail=name,
         )
     if spacing_mm and len(spacing_mm) != len(grids[0][0]):
-        raise _config_error("spacing_mm", f"{len(grids[0][0])} lengths", f"{len(spacing_mm)}")
+        raise config_error("spacing_mm", f"{len(grids[0][0])} lengths", f"{len(spacing_mm)}")
 
 
 def _readable(name: str, read: Callable[[], T]) -> T:
@@ -348,11 +209,3 @@ def _link(source: Path, target: Path) -> None:
 def _camel_case(name: str) -> str:
     """``site-1`` -> ``Site1``."""
     return "".join(word[0].upper() + word[1:] for word in re.findall("[A-Za-z0-9]+", name))
-
-
-def _config_error(
-    field: str, expected: str, found: str, remedy: str = "correct it", detail: Iterable[str] = ()
-) -> ConfigError:
-    return ConfigError(
-        field=field, expected=expected, found=found, remedy=remedy, local_detail="\n".join(sorted(detail))
-    )
