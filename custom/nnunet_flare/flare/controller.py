@@ -102,6 +102,8 @@ class FFEController(Controller):
     def _open(self, run: RunFolder, settings: SiteSettings) -> None:
         identity = {name: value for name, value in self._config.to_json().items() if name != "stop_after"}
         self._run, self._settings = run, settings
+        if not (run.path / JSON_FILE).exists():
+            self._pretrained()  # a new run with a misspelt checkpoint ends before it is one
         self._run_id = run.begin(identity)
         self._folder = run.path
         if (self._folder / JSON_FILE).exists():
@@ -228,31 +230,33 @@ class FFEController(Controller):
         self._say(f"{len(signature)} layers, {millions:.1f} million parameters")
 
     def _initial_layers(self) -> dict[str, np.ndarray]:
-        pretrained = None
-        if self._config.pretrained:
-            file = self._settings.home / "pretrained" / self._config.pretrained
-            if not file.is_file():
-                raise ConfigError(
-                    field="pretrained",
-                    expected="a checkpoint in the server's pretrained folder",
-                    found=self._config.pretrained,
-                    remedy="copy the checkpoint there, or leave the setting out",
-                    site=SERVER,
-                    local_detail=str(file),
-                )
-            pretrained = str(file)
         _, layers = self._process.call(
             "initial_layers",
             {
                 "job": self._config.to_json(),
                 "plans": self._plans,
                 "dataset_json": self._dataset_json,
-                "pretrained": pretrained,
+                "pretrained": self._pretrained(),
             },
             cancelled=lambda: self._abort_signal.triggered,
         )
         self._process.close()
         return layers
+
+    def _pretrained(self) -> str | None:
+        if not self._config.pretrained:
+            return None
+        file = self._settings.home / "pretrained" / self._config.pretrained
+        if not file.is_file():
+            raise ConfigError(
+                field="pretrained",
+                expected="a checkpoint in the server's pretrained folder",
+                found=self._config.pretrained,
+                remedy="copy the checkpoint there, or leave the setting out",
+                site=SERVER,
+                local_detail=str(file),
+            )
+        return str(file)
 
     def _train(self) -> Layers:
         """The rounds that are still to do; returns the final global layers."""

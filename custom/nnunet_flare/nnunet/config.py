@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -99,7 +100,10 @@ class TrainingConfig:
             "wire_dtype": _one_of("float32", "float16"),
             "plans_overrides": (lambda value: isinstance(value, Mapping), "a mapping of plans keys"),
             "num_foreground_voxels": _COUNT,
-            "nsd_tolerance_mm": (lambda value: isinstance(value, int | float) and value > 0, "a positive number of mm"),
+            "nsd_tolerance_mm": (
+                lambda value: type(value) in (int, float) and 0 < value < math.inf,
+                "a positive number of mm",
+            ),
             "stop_after": _one_of(None, *STAGES),
         }
         for name, (holds, expected) in rules.items():

@@ -53,7 +53,7 @@ def _load_pretrained(network: torch.nn.Module, file: Path) -> None:
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             weights = torch.load(file, map_location="cpu", weights_only=True)["network_weights"]
-    except (OSError, KeyError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # torch raises many things for a file that is not its own
         raise _pretrained_error(file, "a readable nnU-Net checkpoint", type(error).__name__) from error
     tensors = {name: tensor for name, tensor in canonical_tensors(network).items() if ".seg_layers." not in name}
     differing = [name for name, tensor in tensors.items() if name not in weights or weights[name].shape != tensor.shape]
@@ -78,6 +78,7 @@ def _pretrained_error(file: Path, expected: str, found: str) -> ConfigError:
         expected=expected,
         found=found,
         remedy="put a checkpoint of the same plans into the server's pretrained folder, or leave the setting out",
+        site="server",
     )
 
 

@@ -211,7 +211,7 @@ class TrainerStepper:
             if self.trainer.grad_scaler is not None and state["grad_scaler"]:
                 self.trainer.grad_scaler.load_state_dict(state["grad_scaler"])
             self.trainer.logger.load_checkpoint(state["logs"])
-        except (RuntimeError, KeyError, ValueError, EOFError) as error:
+        except Exception as error:  # torch raises many things for a file that is not its own
             raise StateError(
                 field=f"checkpoint {file.name}",
                 expected="the state of an earlier round",

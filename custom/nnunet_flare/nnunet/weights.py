@@ -8,6 +8,7 @@ speak of the same layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,7 +18,7 @@ from nnunet_flare.errors import LayerMismatchError
 
 __all__ = ["canonical_tensors", "read_layers", "write_layers"]
 
-_WRAPPERS = ("_orig_mod.", "module.")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
 def canonical_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -30,13 +31,7 @@ def canonical_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, buffer in network.named_buffers():
         if buffer.is_floating_point() and name in persistent:
             tensors[name] = buffer
-    return {_canonical(name): tensor for name, tensor in tensors.items()}
-
-
-def _canonical(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "") if name.startswith(wrapper) else name
-    return name
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
 
 
 def read_layers(network: torch.nn.Module) -> dict[str, np.ndarray]:
