@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from nnunet_flare.errors import ConfigError
 from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.nnunet import model
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import find_dataset
-from nnunet_flare.nnunet.evaluate import foreground_labels, validate
+from nnunet_flare.nnunet.evaluate import validate
 from nnunet_flare.nnunet.extract import extract_summary
 from nnunet_flare.nnunet.network_plan import network_plan
 from nnunet_flare.nnunet.plans import plan
-from nnunet_flare.nnunet.preprocess import fold_cases, preprocess
+from nnunet_flare.nnunet.preprocess import preprocess
 from nnunet_flare.nnunet.site import SiteSettings
-from nnunet_flare.nnunet.stepper import RoundSchedule, Score, TrainerStepper, find_trainer
+from nnunet_flare.nnunet.training import SiteTraining
 from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["Commands"]
 
 Layers = Mapping[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
-
-_CHECKPOINT = re.compile(r"round_(\d+)\.pt")
-_KEPT_CHECKPOINTS = 2
 
 
 class Commands:
@@ -165,100 +159,3 @@ class Commands:
         """Server: write the global model as a folder that ``nnUNetv2_predict_from_modelfolder`` loads."""
         model.export(TrainingConfig.from_json(job), plans, dataset_json, fingerprint, layers, Path(folder))
         return {}
-
-
-class SiteTraining:
-    """The open training of one site, and its checkpoints: ``<run>/checkpoints/round_00007.pt`` is its state after
-    round 7 (counted from 0). The last two are kept."""
-
-    def __init__(self, key: str, site: SiteSettings, config: TrainingConfig, run: Path, preprocessed: Path) -> None:
-        self.key, self.config = key, config
-        self._site, self._checkpoints = site, run / "checkpoints"
-        self.environment = {
-            "nnUNet_raw": str(site.raw_root),
-            "nnUNet_preprocessed": str(preprocessed),
-            "nnUNet_results": str(run / "nnUNet_results"),
-        }
-        os.environ.update(self.environment)
-        self._device = choose_device(site)
-        if site.num_augmentation_processes is not None or self._device.type != "cuda":
-            os.environ["nnUNet_n_proc_DA"] = str(site.num_augmentation_processes or 0)
-        self._plans = read_json(run / "plans.json")
-        folder = preprocessed / self._plans["dataset_name"]
-        self._dataset_json = read_json(folder / "dataset.json")
-        identifier = self._plans["configurations"][config.configuration]["data_identifier"]
-        self.num_training_cases = len(fold_cases(folder, identifier, config.fold)[0])
-        self._restart()
-
-    def _restart(self) -> None:
-        config = self.config
-        self.stepper = TrainerStepper(
-            find_trainer(config.trainer),
-            plans=self._plans,
-            dataset_json=self._dataset_json,
-            configuration=config.configuration,
-            fold=config.fold,
-            device=self._device,
-            schedule=RoundSchedule(
-                num_rounds=config.num_rounds,
-                epochs_per_round=config.epochs_per_round,
-                iterations_per_epoch=config.iterations_per_epoch,
-                val_iterations_per_epoch=config.val_iterations_per_epoch,
-            ),
-            seed_parts=(config.seed, self._site.site),
-        )
-        self._last_round: int | None = None
-
-    def resume(self, round_number: int) -> None:
-        """Bring momentum and logs to their state before ``round_number``."""
-        earlier = {
-            int(match[1]): file
-            for file in self._checkpoints.glob("round_*.pt")
-            if (match := _CHECKPOINT.fullmatch(file.name)) and int(match[1]) < round_number
-        }
-        latest = max(earlier, default=None)
-        if latest != self._last_round:
-            self._restart()
-            if latest is not None:
-                self.stepper.restore(earlier[latest])
-                self._last_round = latest
-
-    def train(self, round_number: int, layers: Layers, progress: Callable[[int, int], None]) -> tuple[Score, float]:
-        self.resume(round_number)
-        self.stepper.load_layers(layers)
-        self.stepper.begin_round(round_number, reset_momentum=self.config.momentum == "reset")
-        result = self.stepper.train_round(progress)
-        self.stepper.save(self._checkpoints / f"round_{round_number:05d}.pt")
-        self._last_round = round_number
-        for old in sorted(self._checkpoints.glob("round_*.pt"))[:-_KEPT_CHECKPOINTS]:
-            old.unlink()
-        return result
-
-    def describe(self, score: Score) -> dict[str, Any]:
-        names = foreground_labels(self._dataset_json)
-        return {
-            "dice": dict(zip(names, score.dice, strict=True)),
-            "val_loss": score.loss,
-            "num_cases": self.num_training_cases,
-        }
-
-
-def choose_device(site: SiteSettings) -> torch.device:
-    """The site's device; ``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ConfigError: the site asks for a device that torch does not find.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = site.device if site.device != "auto" else ("cuda" if available["cuda"] else "cpu")
-    if not available[name]:
-        raise ConfigError(
-            field="device",
-            expected=f"one of {', '.join(kind for kind, here in available.items() if here)}",
-            found=name,
-            remedy="correct the site's settings, or install a torch build for the device",
-            site=site.site,
-        )
-    if name == "cuda":
-        torch.backends.cudnn.benchmark = True
-    return torch.device(name)
