@@ -37,7 +37,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 
 from nnunet_flare.aggregation.layers import signature_of
-from nnunet_flare.flare.controller import FFEController
+from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.protocol import TRAIN, Message, read_message
 
 SHAPES, SERVER_FILE = "shapes.json", "server.json"

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--iterations", type=int, default=30, help="per round")
-    parser.add_argument("--batch-size", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--plain", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain:

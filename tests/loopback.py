@@ -20,8 +20,8 @@ from nvflare.apis.signal import Signal
 from nvflare.fuel.utils import fobs
 from nvflare.private.fed.utils.fed_utils import nvflare_fobs_initialize
 
-from nnunet_flare.flare.controller import FFEController
 from nnunet_flare.flare.executor import NNUNetExecutor
+from nnunet_flare.flare.ffe import FFEController
 
 nvflare_fobs_initialize()
 

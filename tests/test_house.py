@@ -30,7 +30,7 @@ def test_the_committed_job_equals_its_recipe(name: str, tmp_path: Path):
     assert files(ROOT / "jobs" / name) == files(tmp_path / name)
 
 
-@pytest.mark.parametrize("module", ["nnunet_flare.flare.controller", "nnunet_flare.flare.executor", "nnunet_flare.cli"])
+@pytest.mark.parametrize("module", ["nnunet_flare.flare.ffe", "nnunet_flare.flare.executor", "nnunet_flare.cli"])
 def test_flares_processes_do_not_load_torch(module: str):
     code = f"import sys, {module}; print(sorted({{'torch', 'nnunetv2', 'monai'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,9 @@ from nvflare.job_config.api import FedJob
 from nvflare.recipe.spec import Recipe
 
 from nnunet_flare.flare.config import FederationConfig
-from nnunet_flare.flare.controller import TENSORBOARD_FOLDER, FFEController
+from nnunet_flare.flare.controller import TENSORBOARD_FOLDER
 from nnunet_flare.flare.executor import NNUNetExecutor
+from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.protocol import TASKS
 from nnunet_flare.nnunet.config import TrainingConfig
 

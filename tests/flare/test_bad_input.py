@@ -26,8 +26,8 @@ from conftest import TINY_TRAINING
 from loopback import Loopback
 from nnunet_flare.cli import main
 from nnunet_flare.errors import ConfigError, error_from_reply
-from nnunet_flare.flare.controller import FFEController
 from nnunet_flare.flare.executor import NNUNetExecutor
+from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.history import RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import DESCRIBE, EXTRACT_FINGERPRINT, TRAIN, Message, read_message
 from nnunet_flare.nnunet.commands import Commands
@@ -250,7 +250,7 @@ def test_an_image_with_a_voxel_that_is_no_number_ends_the_job(dataset, demo_home
 
 def test_an_uncompressed_file_that_breaks_off_ends_the_job(dataset, demo_home, tmp_path):
     convert_all(demo_home, ".nii")
-    cut(image_of(dataset))
+    cut(image_of(dataset, 1))
     assert panic_of(Loopback(tmp_path, SITES)).startswith("site-2: image and label files: ")
 
 
@@ -378,7 +378,7 @@ def test_different_versions_end_the_job_before_anything_is_computed(demo_home, t
 
 # --- updates --------------------------------------------------------------------------------------------------------
 
-ThreeSites = ("site-1", "site-2", "site-3")
+THREE_SITES = ("site-1", "site-2", "site-3")
 """Three train, so that a mean is left when one is missing."""
 
 
@@ -451,6 +451,7 @@ def global_layers(home: Path, run: str, round_number: int) -> dict[str, np.ndarr
         return dict(stored)
 
 
+@pytest.mark.slow
 def test_a_bad_update_is_left_out_by_name_and_its_site_is_back_in_the_next_round(demo_home, tmp_path):
     answered: Counter[str] = Counter()
     faults = list(BAD_UPDATES.values())
@@ -460,20 +461,20 @@ def test_a_bad_update_is_left_out_by_name_and_its_site_is_back_in_the_next_round
             return reply
         number = answered[site]
         answered[site] += 1
-        return faults[number][0](reply) if site == ThreeSites[number % 3] else reply
+        return faults[number][0](reply) if site == THREE_SITES[number % 3] else reply
 
-    federation = Loopback(tmp_path, ThreeSites, tamper=spoil_one_site_in_each_round)
+    federation = Loopback(tmp_path, THREE_SITES, tamper=spoil_one_site_in_each_round)
     training = TINY_TRAINING | {"num_rounds": len(faults), "iterations_per_epoch": 1}
     federation.run("spoilt", training, {"min_sites": 2})
     assert federation.panics == []
     records = rounds_of(demo_home, "spoilt")
     starts = [request.layers for request in training_requests(federation, "site-1")]
     starts.append(global_layers(demo_home, "spoilt", len(faults)))
-    updates = {site: updates_of(federation, site) for site in ThreeSites}
+    updates = {site: updates_of(federation, site) for site in THREE_SITES}
     assert len(records) == len(faults)
     for number, (kind, (_, reason)) in enumerate(BAD_UPDATES.items()):
-        victim = ThreeSites[number % 3]
-        others = set(ThreeSites) - {victim}
+        victim = THREE_SITES[number % 3]
+        others = set(THREE_SITES) - {victim}
         record = records[number]
         assert record.missing.keys() == {victim}, kind
         assert record.missing[victim].startswith(f"{victim}: "), kind
@@ -547,6 +548,7 @@ def run_two_rounds(folder: Path, **changes: Any) -> None:
     assert federation.panics == []
 
 
+@pytest.mark.slow
 def test_float16_on_the_wire_halves_the_bytes_and_rounds_the_result(plain, demo_home, tmp_path):
     run_two_rounds(tmp_path, wire_dtype="float16")
     for half, full in zip(rounds_of(demo_home, "other"), rounds_of(plain, "plain"), strict=True):
@@ -559,6 +561,7 @@ def test_float16_on_the_wire_halves_the_bytes_and_rounds_the_result(plain, demo_
         np.testing.assert_allclose(array, expected[name], rtol=2**-10, atol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_momentum_is_kept_by_default_and_its_reset_changes_the_second_round(plain, demo_home, tmp_path):
     run_two_rounds(tmp_path, momentum="reset")
     first, second = (
@@ -569,6 +572,7 @@ def test_momentum_is_kept_by_default_and_its_reset_changes_the_second_round(plai
     assert not all(second)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_after_each_stage_ends_like_one_that_does_not(plain, demo_home, tmp_path):
     training = TINY_TRAINING | {"num_rounds": 2}
     tasks = []
@@ -616,6 +620,7 @@ def test_a_pretrained_checkpoint_that_does_not_fit_ends_the_job(demo_home, tmp_p
     assert "put a checkpoint of the same plans" in panic
 
 
+@pytest.mark.slow
 def test_a_pretrained_checkpoint_is_the_start_of_all_layers_but_the_heads(plain, demo_home, tmp_path):
     model = plain / "server" / "runs" / "plain" / "model" / "fold_0" / "checkpoint_final.pth"
     shutil.copy(model, pretrain(demo_home, "heart.pth"))

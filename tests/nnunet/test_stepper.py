@@ -65,7 +65,7 @@ if sys.argv[2] == "limit":  # a write beyond the limit fails as one beyond the e
 else:
     disk = os.statvfs(sys.argv[1])
     Path(sys.argv[1], "ballast").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 50_000))
-print("\n" + json.dumps([before, answer("save"), answer("finish"), answer("restore")]))
+print(json.dumps([before, answer("save"), answer("finish"), answer("restore")]))
 """
 
 

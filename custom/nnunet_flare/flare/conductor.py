@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from nnunet_flare.flare.protocol import Message, read_message
 __all__ = ["Participation", "RunStoppedError", "ask_sites"]
 
 _POLL_SECONDS = 0.1
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 128 * 1024
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 1024 * 1024
 
 
 class RunStoppedError(Exception):
@@ -83,14 +84,15 @@ def ask_sites(
         task.data = task.result_received_cb = None  # FLARE's tasks sit in reference cycles and would keep the layers
         if site not in outcome.seconds and site not in outcome.failures:
             outcome.failures[site] = _silent(site, task.name, task.completion_status, timeout_s)
+    gc.collect()  # and so do some of its replies
     return outcome
 
 
 def _free_arrays_at_once() -> None:
-    """Have glibc return every freed array to the system; with any other C library this does nothing.
+    """Have glibc return every freed array of 1 MB or more to the system; with any other C library this does nothing.
 
-    glibc raises its limit for that (mallopt, M_MMAP_THRESHOLD) from 128 KB to up to 32 MB as large arrays are freed.
-    Layers then lie among FLARE's chunks in heaps that never shrink: twice the memory (benchmarks/aggregate.py).
+    Left alone, glibc raises its limit for that (mallopt, M_MMAP_THRESHOLD) to up to 32 MB as large arrays are freed.
+    Layers then lie among FLARE's chunks in heaps that hardly shrink: twice the memory (benchmarks/aggregate.py).
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)

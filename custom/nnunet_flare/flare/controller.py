@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,31 @@ from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic
 from nnunet_flare.aggregation.layers import Layers, Signature, apply_update, check_layers, signature_of
 from nnunet_flare.aggregation.weighted_sum import WeightedSum
 from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError, UpdateError
-from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Participation, RunStoppedError, ask_sites
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.curves import draw_learning_curves
 from nnunet_flare.flare.history import JSON_FILE, RoundRecord, RunHistory, SiteRound
 from nnunet_flare.flare.protocol import Message
-from nnunet_flare.flare.replies import SiteDescription, SiteLayers, SitePlan, cast, site_final, site_round
+from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, site_final, site_round
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.nnunet.network_plan import check_same_network_plans
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.schema import check_schemas_match, dataset_json
 from nnunet_flare.nnunet.site import SiteSettings
-from nnunet_flare.storage import read_json, write_json
+from nnunet_flare.storage import read_json
 
-__all__ = ["FFEController"]
+__all__ = ["FederatedTraining"]
 
 SERVER = "server"
 TENSORBOARD_FOLDER = "tb_events"
 
 
-class FFEController(Controller):
-    """Federated fingerprint extraction, one plan for all, then federated averaging.
+class FederatedTraining(Controller, ABC):
+    """Describe, plan, agree on layers, average over rounds, validate: what every federated nnU-Net training does.
 
-    FFE and FedAvg as in Skorupko et al., Scientific Reports 15:38312 (2025). The job ends as failed, with the reason,
-    on everything that the remaining sites cannot mend.
+    How the sites come to their plans is the subclass's matter. The job ends as failed, with the reason, on everything
+    that the remaining sites cannot mend.
 
     Args:
         run: Name of the run; a run of the same name that has not finished is continued.
@@ -128,29 +127,24 @@ class FFEController(Controller):
 
     # --- the phases -----------------------------------------------------------------------------------------------
 
+    @abstractmethod
+    def _planning_phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        """Name and method of each phase that leads to ``self._plans``, in order; a job may stop after any of them."""
+
     def _conduct(self) -> None:
         self._describe()
-        summary = self._merged_fingerprint()
-        if self._stops_after("fingerprint"):
-            return
-        self._plan(summary)
-        if self._stops_after("plan"):
-            return
-        self._agree_on_layers()
-        if self._stops_after("preprocess"):
-            return
+        for stage, phase in (*self._planning_phases(), ("preprocess", self._agree_on_layers)):
+            self._note(phase=stage)
+            phase()
+            if stage == self._config.stop_after:
+                self._note(phase="done")
+                self._say(f"stopped after {stage}, as the job says; without stop_after the run continues from here")
+                return
         layers = self._train()
         self._validate(layers)
         self._run.finish()
         self._note(phase="done")
         self._say(f"done: {self._folder}")
-
-    def _stops_after(self, stage: str) -> bool:
-        stops = self._config.stop_after == stage
-        if stops:
-            self._note(phase="done")
-            self._say(f"stopped after {stage}, as the job says; without stop_after the run continues from here")
-        return stops
 
     def _describe(self) -> None:
         """Who takes part, and whether their data and versions fit, before anything is computed."""
@@ -171,47 +165,8 @@ class FFEController(Controller):
         cases = ", ".join(f"{site} {number} cases" for site, number in self._num_cases.items())
         self._say(f"run {self.run}: {len(self._sites)} sites ({cases})")
 
-    def _merged_fingerprint(self) -> FingerprintSummary:
-        """FFE: the fingerprint of all cases, as if they lay in one data set (recorded; not repeated on resume)."""
-        record = self._folder / "fingerprint_summary.json"
-        if record.exists():
-            return FingerprintSummary.from_json(read_json(record))
-        self._note(phase="fingerprint")
-        question = {
-            "num_foreground_voxels": self._config.num_foreground_voxels,
-            "num_cases_total": sum(self._num_cases.values()),
-        }
-        replies = self._ask_every_site(protocol.EXTRACT_FINGERPRINT, question, sites=self._training_sites)
-        summaries = [
-            cast(site, reply, lambda content: FingerprintSummary.from_json(content["summary"]))
-            for site, reply in replies.items()
-        ]
-        merged = merge_summaries(summaries)
-        write_json(record, merged.to_json())
-        write_json(self._folder / "dataset_fingerprint.json", merged.to_nnunet())
-        self._say(f"fingerprint of {merged.num_training} cases merged from {len(summaries)} sites")
-        return merged
-
-    def _plan(self, summary: FingerprintSummary) -> None:
-        """Every site plans from the merged fingerprint; the network plans must be the same."""
-        self._note(phase="plan")
-        replies = self._ask_every_site(protocol.PLAN, {"summary": summary.to_json()})
-        planned = {site: cast(site, reply, SitePlan.parse) for site, reply in replies.items()}
-        check_same_network_plans({site: plan.network_plan for site, plan in planned.items()})
-        plans = dict(planned[self._training_sites[0]].plans)
-        plans["dataset_name"] = f"Dataset000_{self.run}"
-        self._plans = plans
-        write_json(self._folder / "plans.json", plans)
-        configuration = plans["configurations"][self._config.configuration]
-        stages = configuration["architecture"]["arch_kwargs"].get("n_stages")
-        self._say(
-            f"one plan for all: {self._config.configuration}, patch {configuration['patch_size']}, "
-            f"batch {configuration['batch_size']}, {stages} stages"
-        )
-
     def _agree_on_layers(self) -> None:
         """Every site preprocesses and opens its training; its network must have exactly the common layers."""
-        self._note(phase="preprocess")
         self._start = self._run.load_global()
         if self._start is None:
             self._process.start()  # imports torch while the sites preprocess

@@ -83,7 +83,7 @@ def preprocess(
                     field="training cases",
                     expected="cases that nnU-Net can preprocess",
                     found=f"{len(faults)} of {len(dataset.cases)} at which it fails",
-                    remedy="correct or remove the cases named in the site's log",
+                    remedy="free disk space if it ran out, else correct or remove the cases named in the site's log",
                     local_detail="\n".join(faults),
                 )
             shutil.rmtree(target / "partial", ignore_errors=True)
