@@ -27,8 +27,8 @@ def with_value(value: float, dtype=np.float32) -> dict[str, np.ndarray]:
         ({"conv.weight": GOOD["conv.weight"]}, "exactly the 2 layers", "1 missing"),
         (GOOD | {"head.weight": np.zeros(1, np.float32)}, "exactly the 2 layers", "1 extra"),
         (GOOD | {"conv.bias": np.zeros(3, np.float32)}, "shape (2,)", "shape (3,)"),
-        (GOOD | {"conv.bias": np.zeros(2, np.int64)}, "float32", "int64"),
-        (GOOD | {"conv.bias": np.array([None, None])}, "float32", "object"),
+        (GOOD | {"conv.bias": np.zeros(2, np.int64)}, "floating-point", "int64"),
+        (GOOD | {"conv.bias": np.array([None, None])}, "floating-point", "object"),
     ],
 )
 def test_a_wrong_layer_is_refused_with_site_and_layer(layers, expected, found):

@@ -407,7 +407,6 @@ BAD_UPDATES: Mapping[str, tuple[Callable[[Shareable], Shareable | None], str]] =
     "a missing layer": (changed(lambda layers: layers.pop(max(layers))), "1 missing layers"),
     "an extra layer": (changed(lambda layers: layers.update(patient=np.zeros(1, np.float32))), "1 extra layers"),
     "a wrong shape": (changed(lambda layers: layers.update({max(layers): layers[max(layers)][None]})), "shape"),
-    "float64": (recast(np.float64), "found float64"),
     "integers": (recast(np.int32), "named float arrays"),
     "no layers at all": (
         lambda reply: Message(content=read_message(reply, sender="test").content).to_shareable(),

@@ -52,6 +52,7 @@ def test_a_name_may_be_used_and_archived_many_times(run, tmp_path):
 
 def test_other_settings_under_the_name_of_an_unfinished_run_are_refused_with_both_values(run):
     run_id = run.begin(SETTINGS)
+    run.save_global(0, {"w": np.zeros(1, np.float32)})
     with pytest.raises(StateError) as refusal:
         run.begin({"num_rounds": 7, "dataset": "Dataset900_Demo", "fold": 1})
     error = refusal.value
@@ -61,6 +62,12 @@ def test_other_settings_under_the_name_of_an_unfinished_run_are_refused_with_bot
     assert "fold=1" in error.found
     assert "dataset" not in str(error)
     assert run.begin(SETTINGS) == run_id
+
+
+def test_a_run_without_weights_gives_way_to_corrected_settings_and_is_archived(run, tmp_path):
+    run_id = run.begin({"configuration": "3d_fulres"})
+    assert run.begin({"configuration": "3d_fullres"}) != run_id
+    assert len(list((tmp_path / "runs" / "archive").iterdir())) == 1
 
 
 def test_a_site_follows_the_servers_run_and_archives_another_of_its_name(run, tmp_path):

@@ -17,6 +17,8 @@ LayerUpdate = Layers
 Signature = Mapping[str, tuple[int, ...]]
 """Canonical layer name -> shape."""
 
+_PRECISIONS = (np.float16, np.float32, np.float64)
+"""What is summed alike; FLARE's own noise filters make float64 of float32."""
 MAX_ABS_VALUE = 2.0**22
 """Values at or beyond this are refused: no trained nnU-Net holds them, and the fixed-point sum has no room."""
 
@@ -36,8 +38,8 @@ def check_layers(layers: Layers, expected: Signature, *, site: str) -> None:
     _check_names(layers, expected, site)
     for name, shape in expected.items():
         array = layers[name]
-        if not isinstance(array, np.ndarray) or array.dtype not in (np.float32, np.float16):
-            raise _error(name, "a float32 or float16 array", str(getattr(array, "dtype", type(array).__name__)), site)
+        if not isinstance(array, np.ndarray) or array.dtype not in _PRECISIONS:
+            raise _error(name, "a floating-point array", str(getattr(array, "dtype", type(array).__name__)), site)
         if tuple(array.shape) != tuple(shape):
             raise _error(name, f"shape {tuple(shape)}", f"shape {tuple(array.shape)}", site)
         # NaN is both the smallest and the largest value of an array that holds it, and fails the comparison.

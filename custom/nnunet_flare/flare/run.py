@@ -1,7 +1,8 @@
 """The folder of a run, at the server and at each site: what makes a run continue behind its last finished phase.
 
 ``<home>/<who>/runs/<name>/run.json`` says which run this is. An unfinished run of the same name continues; a finished
-one is moved to ``runs/archive/`` and a new one starts; an unfinished one with other settings is refused.
+one is moved to ``runs/archive/`` and a new one starts, as is one that got no weights yet and whose settings change; an
+unfinished one with weights refuses other settings.
 """
 
 from __future__ import annotations
@@ -51,18 +52,20 @@ class RunFolder:
         self._lock.release()
 
     def begin(self, settings: Mapping[str, Any]) -> str:
-        """Server: continue the unfinished run, or start a new one.
+        """Server: continue the unfinished run, or start a new one; one that has no weights yet may change its mind.
 
         Returns:
             The run's id.
 
         Raises:
-            StateError: an unfinished run of this name has other settings.
+            StateError: an unfinished run of this name has weights, and other settings.
         """
         manifest = self._manifest()
         if manifest and not manifest["finished"]:
-            self._refuse_other_settings(manifest["settings"], settings)
-            return manifest["run_id"]
+            if manifest["settings"] == settings:
+                return manifest["run_id"]
+            if self._global_files():
+                self._refuse_other_settings(manifest["settings"], settings)
         return self._start(uuid.uuid4().hex, settings)
 
     def follow(self, run_id: str, settings: Mapping[str, Any]) -> None:
@@ -100,14 +103,16 @@ class RunFolder:
 
     def _refuse_other_settings(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if differing:
-            raise StateError(
-                field=f"run {self.path.name}: {', '.join(differing)}",
-                expected="the settings of the unfinished run: " + ", ".join(f"{k}={before.get(k)}" for k in differing),
-                found=", ".join(f"{key}={now.get(key)}" for key in differing),
-                remedy="submit the run with its old settings to finish it, or give the new one another run name",
-                site="server",
-            )
+        raise StateError(
+            field=f"run {self.path.name}: {', '.join(differing)}",
+            expected="the settings of the unfinished run: " + ", ".join(f"{k}={before.get(k)}" for k in differing),
+            found=", ".join(f"{key}={now.get(key)}" for key in differing),
+            remedy="submit the run with its old settings to finish it, or give the new one another run name",
+            site="server",
+        )
+
+    def _global_files(self) -> list[Path]:
+        return sorted(file for file in (self.path / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))
 
     def save_global(self, round_number: int, layers: Mapping[str, np.ndarray]) -> None:
         """Keep the weights that round ``round_number`` starts from; the two newest files stay."""
@@ -117,7 +122,7 @@ class RunFolder:
                 np.savez(handle, **layers)
 
         write_atomically(self.path / "state" / f"global_{round_number:05d}.npz", write)
-        for old in sorted((self.path / "state").glob("global_*.npz"))[:-_KEPT_GLOBALS]:
+        for old in self._global_files()[:-_KEPT_GLOBALS]:
             old.unlink()
 
     def load_global(self) -> tuple[int, dict[str, np.ndarray]] | None:
@@ -126,7 +131,7 @@ class RunFolder:
         Raises:
             StateError: the newest file is damaged.
         """
-        files = sorted(file for file in (self.path / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))
+        files = self._global_files()
         if not files:
             return None
         newest = files[-1]
