@@ -50,7 +50,7 @@ class SiteRound:
         dice: Label name -> pseudo Dice, on patches of the site's validation cases, of the global model that the
             round started from; nan where a label was not met.
         train_loss: Mean over the round's training batches; nan at a site that trains nothing.
-        num_cases: Training cases, or validation cases at a site that only evaluates.
+        num_cases: Training cases of the site's fold.
         upload_bytes: Size of the layers that left the site.
         download_bytes: Size of the layers that the site received.
         seconds: From task to reply, measured at the server.
