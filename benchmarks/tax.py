@@ -46,20 +46,22 @@ def main() -> None:
     if options.plain:
         train_plainly(**json.loads(options.plain))
         return
-    seconds: dict[str, list[float]] = {"federated": [], "plain": [], "bare": []}
+    print(f"{options.rounds} rounds of {options.iterations} iterations, demo data, 2d, batch {options.batch_size}\n")
+    print(
+        f"{'':<8}{'federated s':>13}{'plain s':>10}{'bare s':>9}{'to plain':>10}{'to bare':>9}{'target':>8}", flush=True
+    )
+    ratios = []
     with tempfile.TemporaryDirectory() as scratch:
         for repeat in range(options.repeats):
             home = Path(scratch, str(repeat))
-            seconds["federated"].append(run_job(home, options))
-            for kind in ("plain", "bare") if repeat % 2 == 0 else ("bare", "plain"):
-                seconds[kind].append(run_plain(home, options, bare=kind == "bare"))
-    print(f"{options.rounds} rounds of {options.iterations} iterations, demo data, 2d; seconds, median of each\n")
-    print(f"{'':<12}{'seconds':>9}{'ratio':>9}{'range':>16}{'target':>9}")
-    print(f"{'federated':<12}{median(seconds['federated']):>9.1f}")
-    for kind in ("plain", "bare"):
-        ratios = [federated / plain for federated, plain in zip(seconds["federated"], seconds[kind], strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{kind:<12}{median(seconds[kind]):>9.1f}{median(ratios):>9.2f}{spread:>16}{TARGET:>9}")
+            federated = run_job(home, options)
+            kinds = ("plain", "bare") if repeat % 2 == 0 else ("bare", "plain")
+            seconds = {kind: run_plain(home, options, bare=kind == "bare") for kind in kinds}
+            ratios.append((federated / seconds["plain"], federated / seconds["bare"]))
+            timings = f"{federated:>13.1f}{seconds['plain']:>10.1f}{seconds['bare']:>9.1f}"
+            print(f"{repeat + 1:<8}{timings}{ratios[-1][0]:>10.2f}{ratios[-1][1]:>9.2f}", flush=True)
+    to_plain, to_bare = (median(column) for column in zip(*ratios, strict=True))
+    print(f"{'median':<8}{'':>32}{to_plain:>10.2f}{to_bare:>9.2f}{TARGET:>8}")
 
 
 def run_job(home: Path, options: argparse.Namespace) -> float:

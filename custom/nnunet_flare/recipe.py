@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
 from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
 from nvflare.recipe.spec import Recipe
@@ -47,7 +48,7 @@ class FFERecipe(Recipe):
         job.job.set_app_packages(_PACKAGES)
         job.to_server(_SERVER_PARAMETERS)
         job.to_server(FFEController(name, training.changes() or None, federation.changes() or None))
-        job.to_server(TBAnalyticsReceiver(tb_folder=TENSORBOARD_FOLDER), id="tensorboard")
+        job.to_server(TBAnalyticsReceiver(tb_folder=TENSORBOARD_FOLDER, events=[ANALYTIC_EVENT_TYPE]), id="tensorboard")
         job.to_clients(_CLIENT_PARAMETERS)
         job.to_clients(NNUNetExecutor(), tasks=list(TASKS))
         job.add_file_to_clients(str(_MARKER))

@@ -57,25 +57,26 @@ def test_a_data_set_is_found_by_name_and_by_id(tmp_path, dataset):
 
 
 @pytest.mark.parametrize("dataset", ["Dataset027", "../Dataset027_ACDC", "ACDC", 2, -27, ""])
-def test_an_unknown_data_set_is_refused_with_the_names_that_exist_and_without_the_path(tmp_path, dataset):
+def test_an_unknown_data_set_is_refused_without_telling_what_other_data_the_site_has(tmp_path, dataset):
     (tmp_path / "Dataset027_ACDC").mkdir()
     with pytest.raises(DatasetError) as caught:
         find_dataset(tmp_path, dataset)
-    assert caught.value.found == "Dataset027_ACDC"
+    assert caught.value.found == "0 of that name among 1"
     assert str(tmp_path) not in str(caught.value)
     assert str(tmp_path) in caught.value.local_detail
+    assert "Dataset027_ACDC" in caught.value.local_detail
 
 
 def test_an_id_with_two_data_sets_is_refused_but_their_names_are_not(tmp_path):
     for name in ("Dataset027_ACDC", "Dataset027_Copy"):
         (tmp_path / name).mkdir()
-    with pytest.raises(DatasetError, match="found Dataset027_ACDC, Dataset027_Copy"):
+    with pytest.raises(DatasetError, match="found 2 of that name"):
         find_dataset(tmp_path, 27)
     assert find_dataset(tmp_path, "Dataset027_Copy").name == "Dataset027_Copy"
 
 
 def test_a_missing_raw_data_folder_is_refused(tmp_path):
-    with pytest.raises(DatasetError, match="no data set"):
+    with pytest.raises(DatasetError, match="found 0 of that name among 0"):
         find_dataset(tmp_path / "absent", 27)
 
 

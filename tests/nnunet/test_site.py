@@ -59,7 +59,13 @@ def test_settings_survive_the_way_to_the_nnunet_process(home, tmp_path):
         ({"device": "tpu"}, "tpu"),
         ({"num_processes": 0}, "0"),
         ({"num_threads": True}, "True"),
+        ({"num_processes": 1.5}, "1.5"),
+        ({"num_augmentation_processes": -1}, "-1"),
         ({"gpu_memory_gb": -1}, "-1"),
+        ({"plans_overrides": [1]}, "[1]"),
+        ({"dataset": ["x"]}, "['x']"),
+        ({"sites": [1]}, "AttributeError"),
+        ({"home": 5}, "TypeError"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_site_and_value(home, tmp_path, settings, named):

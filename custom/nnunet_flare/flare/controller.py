@@ -23,8 +23,8 @@ from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareErro
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Participation, RunStoppedError, ask_sites
 from nnunet_flare.flare.config import FederationConfig
-from nnunet_flare.flare.curves import draw_learning_curves
-from nnunet_flare.flare.history import JSON_FILE, RoundRecord, RunHistory, SiteRound
+from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
+from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory, SiteFinal, SiteRound
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, site_final, site_round
 from nnunet_flare.flare.run import RunFolder
@@ -89,7 +89,10 @@ class FederatedTraining(Controller, ABC):
         except RunStoppedError:
             self.log_info(fl_ctx, "the job was stopped; submit it again to continue the run")
         except NNUNetFlareError as error:
-            self._fail(str(error), error.local_detail)
+            if abort_signal.triggered:
+                self.log_info(fl_ctx, "the job was stopped; submit it again to continue the run")
+            else:
+                self._fail(str(error), error.local_detail)
         except OSError as error:
             self._fail(f"server: {error.strerror or type(error).__name__}; free disk space, then submit again", "")
         finally:
@@ -141,6 +144,9 @@ class FederatedTraining(Controller, ABC):
                 self._say(f"stopped after {stage}, as the job says; without stop_after the run continues from here")
                 return
         layers = self._train()
+        self._note(phase="validate")
+        self._process.start()
+        self._export(layers)
         self._validate(layers)
         self._run.finish()
         self._note(phase="done")
@@ -164,6 +170,8 @@ class FederatedTraining(Controller, ABC):
         self._dataset_json = dataset_json(schemas[self._training_sites[0]], sum(self._num_cases.values()))
         cases = ", ".join(f"{site} {number} cases" for site, number in self._num_cases.items())
         self._say(f"run {self.run}: {len(self._sites)} sites ({cases})")
+        if len(self._training_sites) == 1:
+            self._say("only one site trains: this is no federation; set min_sites to wait for the others")
 
     def _agree_on_layers(self) -> None:
         """Every site preprocesses and opens its training; its network must have exactly the common layers."""
@@ -275,12 +283,8 @@ class FederatedTraining(Controller, ABC):
         mean = total.mean()
         return (apply_update(layers, mean) if difference else mean), record
 
-    def _validate(self, layers: Layers) -> None:
-        """Final sync: every site keeps the final model and scores it on its validation cases; then the artifacts."""
-        self._note(phase="validate")
-        self._process.start()
-        replies = self._ask_every_site(protocol.VALIDATE, layers=layers)
-        final = {site: cast(site, reply, site_final) for site, reply in replies.items()}
+    def _export(self, layers: Layers) -> None:
+        """The global model, predict-ready, and the learning curves; before any site's validation can fail."""
         self._process.call(
             "export_model",
             {
@@ -293,17 +297,31 @@ class FederatedTraining(Controller, ABC):
             layers,
             cancelled=lambda: self._abort_signal.triggered,
         )
-        draw_learning_curves(self._history, self._folder / "learning_curves.png")
+        draw_learning_curves(self._history, self._folder / CURVES_FILE)
         artifacts = {
             "model": "model",
             "plans": "plans.json",
             "fingerprint": "dataset_fingerprint.json",
-            "curves": "learning_curves.png",
+            "curves": CURVES_FILE,
             "metrics": JSON_FILE,
-            "table": "metrics.csv",
+            "table": CSV_FILE,
             "tensorboard": "tensorboard",
         }
-        self._note(final=final, artifacts=artifacts)
+        self._note(artifacts=artifacts)
+
+    def _validate(self, layers: Layers) -> None:
+        """Final sync: every site keeps the final model and scores it on its validation cases."""
+        message = Message(content=self._request_content(), layers=layers)
+        final: dict[str, SiteFinal] = {}
+
+        def accept(site: str, reply: Message) -> None:
+            final[site] = cast(site, reply, site_final)
+
+        outcome = self._ask(dict.fromkeys(self._sites, (protocol.VALIDATE, message)), accept, "phase")
+        for error in outcome.failures.values():
+            self._say(f"no validation: {error}")
+        self._note(final=dict(sorted(final.items())))
+        self._require(len(final), "validations of the final model", outcome.failures)
 
     # --- asking the sites -----------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from nnunet_flare.nnunet.site import DEMO_DATASETS, SiteSettings
 
 __all__ = ["NNUNetExecutor"]
 
+LOG_FILE = "nnunet.log"
 VERSIONED = ("nnunet-flare", "nnunetv2", "torch")
 _BAR_SECONDS = 10.0
 
@@ -78,12 +80,18 @@ class NNUNetExecutor(Executor):
             reply = self._tasks[task_name](request, calls)
         except NNUNetFlareError as error:
             error.site = site
-            self.log_error(fl_ctx, f"{error} {error.local_detail}".strip(), fire_event=False)
-            reply = protocol.error_message(error)
+            reply = self._report(error, error.local_detail, fl_ctx)
         except Exception as error:  # the boundary between this site and the federation
-            self.log_exception(fl_ctx, f"{task_name} failed", fire_event=False)
-            reply = protocol.error_message(_unexpected(task_name, error, site))
+            reply = self._report(_unexpected(task_name, error, site), traceback.format_exc(), fl_ctx)
         return reply.to_shareable()
+
+    def _report(self, error: NNUNetFlareError, detail: str, fl_ctx: FLContext) -> Message:
+        """Answer with the error; its details go to the run's own log, for FLARE may stream its logs to the server."""
+        self.log_error(fl_ctx, str(error), fire_event=False)
+        if self._run is not None and detail:
+            with (self._run.path / LOG_FILE).open("a") as log:
+                log.write(f"{error}\n{detail}\n")
+        return protocol.error_message(error)
 
     def _open(self, request: Message, fl_ctx: FLContext, abort_signal: Signal) -> Calls:
         """Bind the request's run, this site's settings and the nnU-Net process together."""
@@ -96,7 +104,7 @@ class NNUNetExecutor(Executor):
             self._run.follow(request.content["run_id"], request.content["job"])
         if self._process is None:
             threads = settings.num_threads or max(1, (os.cpu_count() or 1) // _clients_on_this_machine(fl_ctx))
-            self._process = NNUNetProcess(log_file=self._run.path / "nnunet.log", num_threads=threads)
+            self._process = NNUNetProcess(log_file=self._run.path / LOG_FILE, num_threads=threads)
         return Calls(self._process, settings, self._run.path, request, lambda: abort_signal.triggered, self.logger)
 
     def _describe(self, request: Message, calls: Calls) -> Message:
@@ -108,9 +116,11 @@ class NNUNetExecutor(Executor):
         return Message(content={"schema": schema.to_json(), "role": settings.role, "versions": versions})
 
     def _extract_fingerprint(self, request: Message, calls: Calls) -> Message:
+        """The fingerprint of a site that trains; one that only evaluates has its cases checked and tells nothing."""
         names = ("num_foreground_voxels", "num_cases_total")
         settings = calls.settings.to_json()
-        return calls.run("extract", settings=settings, **{name: request.content[name] for name in names})
+        reply = calls.run("extract", settings=settings, **{name: request.content[name] for name in names})
+        return reply if calls.settings.role == "train" else Message()
 
     def _plan(self, request: Message, calls: Calls) -> Message:
         return calls.run("plan", **calls.training(), summary=request.content["summary"])
@@ -194,6 +204,6 @@ def _unexpected(task_name: str, error: Exception, site: str) -> NNUNetFlareError
         field=task_name,
         expected="a result",
         found=type(error).__name__,
-        remedy="see the log of the site's job",
+        remedy="see nnunet.log in the site's run folder",
         site=site,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.flare import protocol
@@ -36,20 +37,21 @@ class FFEController(FederatedTraining):
             "num_foreground_voxels": self._config.num_foreground_voxels,
             "num_cases_total": sum(self._num_cases.values()),
         }
-        replies = self._ask_every_site(protocol.EXTRACT_FINGERPRINT, question, sites=self._training_sites)
+        replies = self._ask_every_site(protocol.EXTRACT_FINGERPRINT, question)
         summaries = [
-            cast(site, reply, lambda content: FingerprintSummary.from_json(content["summary"]))
-            for site, reply in replies.items()
+            cast(site, replies[site], lambda content: FingerprintSummary.from_json(content["summary"]))
+            for site in self._training_sites
         ]
         self._summary = merged = merge_summaries(summaries)
-        write_json(record, merged.to_json())
         write_json(self._folder / "dataset_fingerprint.json", merged.to_nnunet())
+        write_json(record, merged.to_json())
         self._say(f"fingerprint of {merged.num_training} cases merged from {len(summaries)} sites")
 
     def _plan(self) -> None:
         """Every site plans from the merged fingerprint; the network plans must be the same."""
         replies = self._ask_every_site(protocol.PLAN, {"summary": self._summary.to_json()})
-        planned = {site: cast(site, reply, SitePlan.parse) for site, reply in replies.items()}
+        parse = partial(SitePlan.parse, self._config.configuration)
+        planned = {site: cast(site, reply, parse) for site, reply in replies.items()}
         check_same_network_plans({site: plan.network_plan for site, plan in planned.items()})
         plans = dict(planned[self._training_sites[0]].plans)
         plans["dataset_name"] = f"Dataset000_{self.run}"

@@ -10,6 +10,7 @@ from nnunet_flare.errors import NNUNetFlareError, UpdateError
 from nnunet_flare.flare.history import SiteFinal, SiteRound
 from nnunet_flare.flare.protocol import Message, layer_bytes
 from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
+from nnunet_flare.nnunet.network_plan import check_classes, network_plan
 from nnunet_flare.nnunet.schema import DatasetSchema
 from nnunet_flare.nnunet.site import ROLES
 
@@ -31,7 +32,7 @@ def cast(site: str, reply: Message, parse: Callable[[Mapping[str, Any]], T]) -> 
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UpdateError(
-            field=f"reply ({parse.__qualname__})",
+            field="reply",
             expected="the content of this version's protocol",
             found=f"{type(error).__name__}",
             remedy="run the same version of nnunet-flare everywhere",
@@ -58,14 +59,16 @@ class SiteDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class SitePlan:
-    """A site's plans, as nnU-Net writes them, and the part that all sites must share."""
+    """A site's plans, as nnU-Net writes them, and the part of them that all sites must share."""
 
     plans: Mapping[str, Any]
     network_plan: Mapping[str, Any]
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> SitePlan:
-        return cls(plans=dict(content["plans"]), network_plan=dict(content["network_plan"]))
+    def parse(cls, configuration: str, content: Mapping[str, Any]) -> SitePlan:
+        plans = dict(content["plans"])
+        check_classes(plans, configuration)
+        return cls(plans=plans, network_plan=network_plan(plans, configuration))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import find_dataset
 from nnunet_flare.nnunet.evaluate import validate
 from nnunet_flare.nnunet.extract import extract_summary
-from nnunet_flare.nnunet.network_plan import network_plan
 from nnunet_flare.nnunet.plans import plan
 from nnunet_flare.nnunet.preprocess import preprocess
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.nnunet.training import SiteTraining
-from nnunet_flare.storage import read_json, write_json
+from nnunet_flare.storage import read_json, write_atomically, write_json
 
 __all__ = ["Commands"]
 
@@ -72,7 +71,7 @@ class Commands:
         folder = Path(run)
         write_json(folder / "dataset_fingerprint.json", fingerprint.to_nnunet())
         write_json(folder / "plans.json", plans)
-        return {"plans": plans, "network_plan": network_plan(plans, config.configuration)}
+        return {"plans": plans}
 
     def prepare(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> dict[str, Any]:
         """Preprocess, then open the training: names and shapes of its layers, and the cases of its fold."""
@@ -129,16 +128,15 @@ class Commands:
         training.resume(training.config.num_rounds)
         training.stepper.load_layers(layers)
         training.stepper.begin_round(training.config.num_rounds, reset_momentum=False)
-        folder = training.stepper.finish()
+        training.stepper.finish()
         cases = validate(
             training.stepper.trainer,
             nsd_tolerance_mm=training.config.nsd_tolerance_mm,
             progress=self._report("validation"),
         )
-        (Path(run) / "nnunet.env").write_text(
-            "".join(f"export {name}={value}\n" for name, value in training.environment.items())
-        )
-        return {"cases": cases, "model": os.path.relpath(folder, run)}
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in training.environment.items()]
+        write_atomically(Path(run) / "nnunet.env", lambda temporary: temporary.write_text("".join(lines)))
+        return {"cases": cases}
 
     def initial_layers(
         self, job: dict[str, Any], plans: dict[str, Any], dataset_json: dict[str, Any], pretrained: str | None

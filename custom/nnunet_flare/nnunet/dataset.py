@@ -39,9 +39,9 @@ def find_dataset(raw_root: Path, dataset: str | int) -> Path:
         raise DatasetError(
             field="dataset",
             expected=f"one data set {dataset!r} in nnU-Net's raw data folder",
-            found=", ".join(folder.name for folder in chosen or ids) or "no data set",
+            found=f"{len(chosen)} of that name among {len(ids)}",
             remedy="name one that is there, or correct nnunet_raw in the site's settings",
-            local_detail=f"raw data folder: {raw_root}",
+            local_detail=f"raw data folder: {raw_root}; data sets: {', '.join(folder.name for folder in ids)}",
         )
     return chosen[0]
 

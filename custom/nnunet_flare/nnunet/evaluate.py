@@ -24,12 +24,14 @@ CaseMetrics = dict[str, dict[str, float]]
 
 
 def foreground_labels(dataset_json: dict[str, Any]) -> dict[str, int | tuple[int, ...]]:
-    """Name -> label value, or the values of a region, without background and ignore label."""
+    """Name -> label value, or the values of a region, in the order of nnU-Net's outputs; foreground only."""
     labels = {
         name: tuple(value) if isinstance(value, list | tuple) else value
         for name, value in dataset_json["labels"].items()
     }
-    return {name: value for name, value in labels.items() if value != 0 and name != "ignore"}
+    labels = {name: value for name, value in labels.items() if value != 0 and name != "ignore"}
+    has_regions = any(isinstance(value, tuple) for value in labels.values())
+    return labels if has_regions else dict(sorted(labels.items(), key=lambda item: item[1]))
 
 
 def validate(
@@ -41,7 +43,7 @@ def validate(
     """Predict and score the fold's validation cases with the weights as they are, in this process.
 
     Predictions and nnU-Net's ``summary.json`` are written to the trainer's ``validation`` folder, and a table with
-    case names that stays there (``metrics.csv``). What is returned names no case.
+    case names that stays there (``metrics.csv``). What is returned names no case and is ordered by score.
     """
     _, cases = trainer.do_split()
     folder = Path(trainer.output_folder) / "validation"
@@ -67,10 +69,11 @@ def validate(
         nnunet_metrics.append(compute_metrics(*files, reader, list(labels.values()), ignore))
     _write_summary(nnunet_metrics, list(labels.values()), folder / "summary.json")
     _write_table(per_case, folder / "metrics.csv")
-    return [
+    scores = [
         {name: {"dsc": m.dsc, "hd95_mm": m.hd95_mm, "nsd": m.nsd} for name, m in metrics.items()}
         for metrics in per_case.values()
     ]
+    return sorted(scores, key=str)
 
 
 def _predict(trainer: nnUNetTrainer, cases: list[str], folder: Path, progress: Callable[[int, int], None]) -> None:

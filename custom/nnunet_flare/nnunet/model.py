@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ __all__ = ["export", "initial_layers"]
 def _network(config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> torch.nn.Module:
     manager = PlansManager(dict(plans))
     configuration = manager.get_configuration(config.configuration)
-    return find_trainer(config.trainer).build_network_architecture(
-        manager,
-        configuration,
-        determine_num_input_channels(manager, configuration, dict(dataset_json)),
-        manager.get_label_manager(dict(dataset_json)).num_segmentation_heads,
-        True,
-    )
+    build = find_trainer(config.trainer).build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        described: tuple[Any, ...] = (manager, configuration)
+    else:  # the signature that nnU-Net had before, and still accepts
+        described = (
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+        )
+    num_channels = determine_num_input_channels(manager, configuration, dict(dataset_json))
+    return build(*described, num_channels, manager.get_label_manager(dict(dataset_json)).num_segmentation_heads, True)
 
 
 def initial_layers(
@@ -42,6 +47,7 @@ def initial_layers(
     Raises:
         ConfigError: the pretrained checkpoint is not readable, or its layers differ.
     """
+    _mirroring_axes(config, plans)  # a trainer that cannot tell should end the job now, not after the last round
     seed_everything(config.seed, "initial weights")
     network = _network(config, plans, dataset_json)
     if pretrained is not None:

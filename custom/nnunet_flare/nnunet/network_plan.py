@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nnunet_flare.errors import PlansError
 
-__all__ = ["check_same_network_plans", "network_plan"]
+__all__ = ["check_classes", "check_same_network_plans", "network_plan"]
 
 _SHARED = ("architecture", "preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
+_CLASSES = re.compile(
+    r"(torch\.nn(\.modules\.[a-z]+)?|dynamic_network_architectures\.architectures\.[a-z0-9_]+)\.[A-Z][A-Za-z0-9]*"
+)
+
+
+def check_classes(plans: Mapping[str, Any], configuration: str) -> None:
+    """Check that the plans name layers of torch and networks of nnU-Net, and nothing else.
+
+    nnU-Net imports and calls whatever its plans name as network, convolution, norm or nonlinearity, so plans that came
+    over the wire, or were edited by a job, could otherwise run any function of the machine.
+
+    Raises:
+        PlansError: a name is anything else.
+    """
+    architecture = plans["configurations"][configuration]["architecture"]
+    imported = {name: architecture["arch_kwargs"].get(name) for name in architecture["_kw_requires_import"]}
+    for name, value in {"network_class_name": architecture["network_class_name"], **imported}.items():
+        if value is not None and not (isinstance(value, str) and _CLASSES.fullmatch(value)):
+            raise PlansError(
+                field=f"architecture: {name}",
+                expected="a class of torch.nn or dynamic_network_architectures",
+                found=repr(value)[:100],
+                remedy="plan with nnU-Net's own planners, and correct plans_overrides",
+            )
 
 
 def network_plan(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from nnunet_flare.errors import PlansError
 from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.nnunet.dataset import RawDataset
+from nnunet_flare.nnunet.network_plan import check_classes
 from nnunet_flare.nnunet.schema import dataset_json
 
 __all__ = ["plan"]
@@ -82,6 +83,7 @@ def plan(
     result: dict[str, Any] = json.loads(json.dumps(plans))  # tuples become lists, as in nnU-Net's file
     _check_configuration(result, configuration)
     _override(result["configurations"][configuration], overrides)
+    check_classes(result, configuration)
     return result
 
 

@@ -54,6 +54,7 @@ class NNUNetProcess:
             "OMP_WAIT_POLICY": "passive",
             "MPLBACKEND": "agg",
             "nnUNet_def_n_proc": "1",
+            "nnUNet_wandb_enabled": "0",  # it would upload plans and dataset.json past FLARE
         }
         with far_end, self._log_file.open("ab") as log:
             self._process = subprocess.Popen(

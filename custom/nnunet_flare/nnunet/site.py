@@ -23,6 +23,7 @@ HOME_VARIABLE = "NNUNET_FLARE_HOME"
 SETTINGS_VARIABLE = "NNUNET_FLARE_SETTINGS"
 DEMO_DATASETS = {"demo": 3, "demo_2d": 2}
 """Generated data sets -> their dimension."""
+_PATHS = ("home", "nnunet_raw", "nnunet_preprocessed")
 ROLES = ("train", "evaluate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -69,10 +70,17 @@ class SiteSettings:
         for name, value, allowed in (("role", self.role, ROLES), ("device", self.device, DEVICES)):
             if value not in allowed:
                 raise self._error(name, f"one of {', '.join(allowed)}", repr(value))
-        for name in ("num_processes", "num_threads", "gpu_memory_gb"):
+        number = self.gpu_memory_gb
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or number <= 0):
+            raise self._error("gpu_memory_gb", "a positive number", repr(number))
+        for name, least in (("num_processes", 1), ("num_threads", 1), ("num_augmentation_processes", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-                raise self._error(name, "a positive number", repr(value))
+            if not ((type(value) is int and value >= least) or (value is None and name != "num_processes")):
+                raise self._error(name, f"a whole number from {least} on", repr(value))
+        if not isinstance(self.plans_overrides, Mapping):
+            raise self._error("plans_overrides", "a mapping of plans keys", repr(self.plans_overrides))
+        if self.dataset is not None and type(self.dataset) not in (int, str):
+            raise self._error("dataset", "a data set name or id", repr(self.dataset))
 
     def _error(self, field_name: str, expected: str, found: str) -> ConfigError:
         return ConfigError(
@@ -116,16 +124,19 @@ class SiteSettings:
         if file is not None:
             try:
                 settings = dict(json.loads(file.read_text()))
-            except (OSError, ValueError, TypeError) as error:
+                settings |= dict(settings.pop("sites", {}).get(site, {}))
+                for name in _PATHS:
+                    if settings.get(name) is not None:
+                        settings[name] = str(Path(settings[name]))
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise ConfigError(
                     field=SETTINGS_FILE,
-                    expected="a JSON object",
+                    expected="a JSON object with sites as objects and paths as text",
                     found=type(error).__name__,
                     local_detail=f"{file}: {error}",
                     remedy="correct the site's settings file",
                     site=site,
                 ) from error
-        settings |= settings.pop("sites", {}).get(site, {})
         known = {item.name for item in fields(cls)} - {"site"}
         if unknown := sorted(set(settings) - known):
             raise ConfigError(
@@ -135,7 +146,7 @@ class SiteSettings:
                 remedy="correct the spelling or remove the key",
                 site=site,
             )
-        paths = {name: settings[name] for name in ("home", "nnunet_raw", "nnunet_preprocessed") if settings.get(name)}
+        paths = {name: settings[name] for name in _PATHS if settings.get(name)}
         for name, variable in (("nnunet_raw", "nnUNet_raw"), ("nnunet_preprocessed", "nnUNet_preprocessed")):
             if name not in paths and os.environ.get(variable):
                 paths[name] = os.environ[variable]
@@ -149,7 +160,7 @@ class SiteSettings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SiteSettings:
-        paths = {name: Path(values[name]) for name in ("home", "nnunet_raw", "nnunet_preprocessed") if values[name]}
+        paths = {name: Path(values[name]) for name in _PATHS if values[name]}
         return cls(**{**values, **paths})
 
     def with_dataset(self, dataset: str | int) -> SiteSettings:

@@ -92,6 +92,13 @@ class TrainerStepper:
         schedule: RoundSchedule,
         seed_parts: tuple[object, ...] = (),
     ) -> None:
+        if trainer_class.load_checkpoint is not nnUNetTrainer.load_checkpoint:
+            raise ConfigError(
+                field="trainer",
+                expected="a trainer whose learning rate follows from the epoch alone",
+                found=f"{trainer_class.__name__}, which repairs its own state in load_checkpoint",
+                remedy="choose a trainer without a warm-up of its own: rounds could not be repeated or missed",
+            )
         self.schedule = schedule
         self._seed_parts = seed_parts
         self.trainer = trainer_class(
@@ -137,6 +144,7 @@ class TrainerStepper:
         self._initialize()
         trainer = self.trainer
         if not self._started:
+            seed_everything(*self._seed_parts, round_number, "start")  # augmentation workers fork with this state
             trainer.on_train_start()
             _make_augmentation_reproducible(trainer)
             self._started = True

@@ -100,7 +100,6 @@ class SiteTraining:
         names = foreground_labels(self._dataset_json)
         return {
             "dice": dict(zip(names, score.dice, strict=True)),
-            "val_loss": score.loss,
             "num_cases": self.num_training_cases,
         }
 

@@ -58,4 +58,4 @@ def write_layers(network: torch.nn.Module, layers: Mapping[str, np.ndarray]) -> 
                 found=f"shape {array.shape}",
                 remedy="the sites' network plans differ: plan them together (jobs/ffe)",
             )
-        tensors[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        tensors[name].copy_(torch.from_numpy(np.asarray(array, order="C")))
