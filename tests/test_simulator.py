@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,10 +135,20 @@ def test_plain_nnunet_validates_the_sites_model_to_the_same_score(literal_run: F
     summary = next(run.rglob("validation/summary.json"))
     ours = json.loads(summary.read_text())["foreground_mean"]["Dice"]
     summary.unlink()
-    command = ["nnUNetv2_train", "Dataset900_Demo", "2d", "0", "-device", "cpu"]
-    # --c goes on from checkpoint_final, finds no epoch left to train, and validates
-    subprocess.run([*command, "--c"], env=environment | {"nnUNet_n_proc_DA": "0"}, check=True, cwd=tmp_path)
+    command = ["nnUNetv2_train", "Dataset900_Demo", "2d", "0", "-device", "cpu", "--val"]
+    subprocess.run(command, env=environment, check=True, cwd=tmp_path, timeout=300)
     assert json.loads(summary.read_text())["foreground_mean"]["Dice"] == pytest.approx(ours, abs=1e-6)
+
+    # --c goes on from where the federation ended: epoch 8 of the trainer's own thousand
+    resume = (
+        "import torch; from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint\n"
+        "cpu = torch.device('cpu')\n"
+        "trainer = get_trainer_from_args('Dataset900_Demo', '2d', 0, continue_training=True, device=cpu)\n"
+        "maybe_load_checkpoint(trainer, True, False)\n"
+        "print('epoch', trainer.current_epoch, len(trainer.optimizer.state_dict()['state']))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", resume], env=environment, capture_output=True, text=True, check=True)
+    assert re.search(r"epoch 8 [1-9]\d+", result.stdout)
 
 
 def test_the_recipe_runs_in_flares_simenv(home: Path, tmp_path: Path):
