@@ -213,7 +213,7 @@ def write_text_into_an_image(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("go_wrong", "field", "found"),
     [
-        (lose_the_data_set, "dataset", "0 of that name"),
+        (lose_the_data_set, "dataset", "0 of that name among 0"),
         (empty_the_data_set, "imagesTr", "none"),
         (lose_a_label, "labelsTr", "1 cases without a file in labelsTr"),
         (lose_an_image, "imagesTr", "1 cases without a file in imagesTr"),
