@@ -51,7 +51,14 @@ class Loopback:
         abort = Signal()
 
         def send(task, fl_ctx, targets):
-            threading.Thread(target=work, args=(task, targets[0]), daemon=True).start()
+            threading.Thread(target=try_to_work, args=(task, targets[0]), daemon=True).start()
+
+        def try_to_work(task, site):
+            try:
+                work(task, site)
+            except BaseException as error:
+                broken.append(error)
+                task.completion_status = TaskCompletionStatus.ERROR
 
         def work(task, site):
             request = fobs.dumps(task.data)
@@ -68,13 +75,15 @@ class Loopback:
                 task.result_received_cb(client_task=client_task, fl_ctx=self._context("server"))
             task.completion_status = TaskCompletionStatus.OK
 
-        lock = threading.Lock()
+        lock, broken = threading.Lock(), []
         controller.send = send
         try:
             controller.control_flow(abort, self._context("server"))
         finally:
             for site, executor in executors.items():
                 executor.handle_event(EventType.END_RUN, self._context(site))
+            if broken:
+                raise broken[0]
         return controller
 
     def _context(self, name: str) -> FLContext:

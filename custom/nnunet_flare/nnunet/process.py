@@ -67,7 +67,7 @@ class NNUNetProcess:
                 start_new_session=True,
             )
         # Augmentation workers inherit the pipe: without this, a dead child would leave a read on it waiting for ever.
-        threading.Thread(target=_end_group_after, args=(self._process,), daemon=True).start()
+        threading.Thread(target=_end_group_after, args=(self._process.pid,), daemon=True).start()
 
     def call(
         self,
@@ -130,9 +130,11 @@ class NNUNetProcess:
         self._process = None
 
 
-def _end_group_after(process: subprocess.Popen[bytes]) -> None:
-    process.wait()
-    _kill_group(process.pid)
+def _end_group_after(child: int) -> None:
+    """Wait for a child without collecting it: ``Popen`` still can, and until then no other group has its number."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        _kill_group(child)
 
 
 def _kill_group(group: int) -> None:
