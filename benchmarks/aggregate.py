@@ -36,7 +36,6 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 
-from nnunet_flare.aggregation.layers import signature_of
 from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.protocol import TRAIN, Message, read_message
 
@@ -76,7 +75,7 @@ def write_shapes(file: str) -> int:
     from wire import full_size_network
 
     layers, _ = full_size_network()
-    Path(file).write_text(json.dumps(signature_of(layers)))
+    Path(file).write_text(json.dumps({name: array.shape for name, array in layers.items()}))
     return sum(array.nbytes for array in layers.values())
 
 
@@ -174,7 +173,8 @@ class TrainRounds(FFEController):
         sites = [client.name for client in fl_ctx.get_engine().get_clients()]
         self._sites, self._weights, self._min_sites = dict.fromkeys(sites, "train"), dict.fromkeys(sites, 1), len(sites)
         layers: Mapping[str, np.ndarray] = random_layers(self.shapes)
-        self._shared = dict.fromkeys(sites, signature_of(layers))
+        self._names = {site: {name: name for name in layers} for site in sites}
+        self._shapes = {site: {name: array.shape for name, array in layers.items()} for site in sites}
         for round_number in range(self.num_rounds):
             started = time.monotonic()
             layers, _ = self._train_round(round_number, layers)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, TaskCompletionStatus
@@ -20,6 +21,7 @@ from nvflare.apis.signal import Signal
 from nvflare.fuel.utils import fobs
 from nvflare.private.fed.utils.fed_utils import nvflare_fobs_initialize
 
+from nnunet_flare.flare.controller import FederatedTraining
 from nnunet_flare.flare.executor import NNUNetExecutor
 from nnunet_flare.flare.ffe import FFEController
 
@@ -43,10 +45,17 @@ class Loopback:
         self.scalars: dict[str, list[float]] = {}
         self.sent: list[tuple[str, str, bytes, bytes]] = []
 
-    def run(self, run: str = "test", training: dict | None = None, federation: dict | None = None) -> FFEController:
+    def run(
+        self,
+        run: str = "test",
+        training: dict | None = None,
+        federation: dict | None = None,
+        sharing: Any = None,
+        kind: type[FederatedTraining] = FFEController,
+    ) -> FederatedTraining:
         """One submission of the job; ``panics`` then holds why it failed, if it did."""
         self.panics.clear()
-        controller = FFEController(run, training, federation)
+        controller = kind(run, training, federation, sharing)
         executors = {site: NNUNetExecutor() for site in self.sites}
         abort = Signal()
 

@@ -5,6 +5,7 @@ FFERecipe(training=TrainingConfig(dataset="Dataset027_ACDC")).execute(SimEnv(num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
@@ -12,14 +13,16 @@ from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
 from nvflare.recipe.spec import Recipe
 
+from nnunet_flare.aggregation.sharing import SharingConfig
+from nnunet_flare.flare.asym import AsymFedAvgController
 from nnunet_flare.flare.config import FederationConfig
-from nnunet_flare.flare.controller import TENSORBOARD_FOLDER
+from nnunet_flare.flare.controller import TENSORBOARD_FOLDER, FederatedTraining
 from nnunet_flare.flare.executor import NNUNetExecutor
 from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.protocol import TASKS
 from nnunet_flare.nnunet.config import TrainingConfig
 
-__all__ = ["JOBS", "FFERecipe"]
+__all__ = ["JOBS", "AsymFedAvgRecipe", "FFERecipe"]
 
 _SERVER_PARAMETERS = {"server": {"task_request_interval": 0.2}}
 _CLIENT_PARAMETERS = {"get_task_timeout": 600.0, "submit_task_result_timeout": 3600.0}
@@ -27,13 +30,29 @@ _PACKAGES = ["nnunet_flare"]
 _MARKER = Path(__file__).parent / "job_marker" / "README"
 
 
-class FFERecipe(Recipe):
+class _FederatedTrainingRecipe(Recipe):
+    """What every job of this package consists of, around its controller."""
+
+    def __init__(self, name: str, controller: FederatedTraining, federation: FederationConfig) -> None:
+        job = FedJob(name=name, min_clients=federation.min_sites or 1)
+        job.job.set_app_packages(_PACKAGES)
+        job.to_server(_SERVER_PARAMETERS)
+        job.to_server(controller)
+        job.to_server(TBAnalyticsReceiver(tb_folder=TENSORBOARD_FOLDER, events=[ANALYTIC_EVENT_TYPE]), id="tensorboard")
+        job.to_clients(_CLIENT_PARAMETERS)
+        job.to_clients(NNUNetExecutor(), tasks=list(TASKS))
+        job.add_file_to_clients(str(_MARKER))
+        super().__init__(job)
+
+
+class FFERecipe(_FederatedTrainingRecipe):
     """Federated fingerprint extraction and federated nnU-Net training (``jobs/ffe``).
 
     Args:
         name: Name of the job, and of its run.
         training: What is trained.
         federation: Whom the server waits for, and how long.
+        keep_local: Layers that stay at their site, as in ``SharingConfig``.
     """
 
     def __init__(
@@ -42,17 +61,35 @@ class FFERecipe(Recipe):
         name: str = "ffe",
         training: TrainingConfig | None = None,
         federation: FederationConfig | None = None,
+        keep_local: Sequence[str] = (),
     ) -> None:
         training, federation = training or TrainingConfig(), federation or FederationConfig()
-        job = FedJob(name=name, min_clients=federation.min_sites or 1)
-        job.job.set_app_packages(_PACKAGES)
-        job.to_server(_SERVER_PARAMETERS)
-        job.to_server(FFEController(name, training.changes() or None, federation.changes() or None))
-        job.to_server(TBAnalyticsReceiver(tb_folder=TENSORBOARD_FOLDER, events=[ANALYTIC_EVENT_TYPE]), id="tensorboard")
-        job.to_clients(_CLIENT_PARAMETERS)
-        job.to_clients(NNUNetExecutor(), tasks=list(TASKS))
-        job.add_file_to_clients(str(_MARKER))
-        super().__init__(job)
+        settings = training.changes() or None, federation.changes() or None
+        super().__init__(name, FFEController(name, *settings, list(keep_local) or None), federation)
+
+
+class AsymFedAvgRecipe(_FederatedTrainingRecipe):
+    """Asymmetric federated averaging: each site trains the network that fits its own data (``jobs/asym_fedavg``).
+
+    Args:
+        name: Name of the job, and of its run.
+        training: What is trained.
+        federation: Whom the server waits for, and how long.
+        sharing: Which layers the sites share.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "asym_fedavg",
+        training: TrainingConfig | None = None,
+        federation: FederationConfig | None = None,
+        sharing: SharingConfig | None = None,
+    ) -> None:
+        training, federation = training or TrainingConfig(), federation or FederationConfig()
+        settings = training.changes() or None, federation.changes() or None
+        sharing = sharing or SharingConfig()
+        super().__init__(name, AsymFedAvgController(name, *settings, sharing.changes() or None), federation)
 
 
 def demo_training() -> TrainingConfig:

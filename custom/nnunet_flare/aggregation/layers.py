@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nnunet_flare.errors import UpdateError
 
-__all__ = ["LayerUpdate", "Layers", "Signature", "apply_update", "check_layers", "signature_of"]
+__all__ = ["LayerUpdate", "Layers", "Signature", "apply_update", "check_layers"]
 
 Layers = Mapping[str, NDArray[np.float32]]
 """Canonical layer name -> float32 array."""
@@ -21,11 +21,6 @@ _PRECISIONS = (np.float16, np.float32, np.float64)
 """What is summed alike; FLARE's own noise filters make float64 of float32."""
 MAX_ABS_VALUE = 2.0**22
 """Values at or beyond this are refused: no trained nnU-Net holds them, and the fixed-point sum has no room."""
-
-
-def signature_of(layers: Layers) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of ``layers``."""
-    return {name: tuple(array.shape) for name, array in layers.items()}
 
 
 def check_layers(layers: Layers, expected: Signature, *, site: str) -> None:

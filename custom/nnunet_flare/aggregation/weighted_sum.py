@@ -38,6 +38,7 @@ class WeightedSum:
         self._total_weight = total_weight
         self._sums: dict[str, NDArray[np.int64]] = {}
         self._weights: dict[str, int] = {}
+        self._sites: dict[str, int] = {}
 
     def add(self, layers: Layers, *, weight: int) -> None:
         """Add one site's layers, checked before (``check_layers``), with a positive integer weight."""
@@ -50,9 +51,10 @@ class WeightedSum:
                 block = slice(start, start + _BLOCK)
                 sums[block] += np.rint(values[block] * share).astype(np.int64)
             self._weights[name] = self._weights.get(name, 0) + weight
+            self._sites[name] = self._sites.get(name, 0) + 1
 
-    def mean(self) -> dict[str, NDArray[np.float32]]:
-        """The weighted mean of every layer that at least one site sent, as float32; the sum is then empty.
+    def mean(self, *, min_sites: int = 1) -> dict[str, NDArray[np.float32]]:
+        """The weighted mean of every layer that at least ``min_sites`` sites sent, as float32; the sum is then empty.
 
         Raises:
             ParticipationError: no site has sent anything.
@@ -63,5 +65,6 @@ class WeightedSum:
             )
         return {
             name: (self._sums.pop(name) * (STEP * self._total_weight / self._weights.pop(name))).astype(np.float32)
-            for name in list(self._sums)
+            for name, number in self._sites.items()
+            if number >= min_sites
         }

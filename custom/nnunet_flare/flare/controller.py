@@ -17,12 +17,15 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 
-from nnunet_flare.aggregation.layers import Layers, Signature, apply_update, check_layers, signature_of
+from nnunet_flare.aggregation.layers import Layers, apply_update, check_layers
+from nnunet_flare.aggregation.network import Network
+from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
 from nnunet_flare.aggregation.weighted_sum import WeightedSum
 from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError, UpdateError
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Participation, RunStoppedError, ask_sites
 from nnunet_flare.flare.config import FederationConfig
+from nnunet_flare.flare.coverage import draw_coverage
 from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
 from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory, SiteFinal, SiteRound
 from nnunet_flare.flare.protocol import Message
@@ -30,14 +33,26 @@ from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, site_f
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.process import NNUNetProcess
-from nnunet_flare.nnunet.schema import check_schemas_match, dataset_json
 from nnunet_flare.nnunet.site import SiteSettings
-from nnunet_flare.storage import read_json
+from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["FederatedTraining"]
 
 SERVER = "server"
 TENSORBOARD_FOLDER = "tb_events"
+SHARING_FILE = "sharing.json"
+COVERAGE_FILE, COVERAGE_PICTURE = "coverage.json", "coverage.png"
+ARTIFACTS = {
+    "model": "model",
+    "plans": "plans.json",
+    "fingerprint": "dataset_fingerprint.json",
+    "coverage": COVERAGE_FILE,
+    "coverage picture": COVERAGE_PICTURE,
+    "curves": CURVES_FILE,
+    "metrics": JSON_FILE,
+    "table": CSV_FILE,
+}
+"""Name -> path in the run's folder, of what may be there when a run ends."""
 
 
 class FederatedTraining(Controller, ABC):
@@ -50,15 +65,17 @@ class FederatedTraining(Controller, ABC):
         run: Name of the run; a run of the same name that has not finished is continued.
         training: Settings of ``TrainingConfig`` that differ from its defaults.
         federation: Settings of ``FederationConfig`` that differ from its defaults.
+        sharing: Which layers the sites share.
     """
 
     def __init__(
-        self, run: str, training: dict[str, Any] | None = None, federation: dict[str, Any] | None = None
+        self, run: str, training: dict[str, Any] | None, federation: dict[str, Any] | None, sharing: SharingConfig
     ) -> None:
         super().__init__()
         self.run, self.training, self.federation = run, training, federation
         self._config = TrainingConfig.from_json(training or {})
         self._federation = FederationConfig.from_json(federation or {})
+        self._sharing_config = sharing
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """FLARE's hook; the run's folder is opened in ``control_flow``, where a failure can end the job."""
@@ -103,6 +120,7 @@ class FederatedTraining(Controller, ABC):
 
     def _open(self, run: RunFolder, settings: SiteSettings) -> None:
         identity = {name: value for name, value in self._config.to_json().items() if name != "stop_after"}
+        identity |= self._sharing_config.to_json()
         self._run, self._settings = run, settings
         if not (run.path / JSON_FILE).exists():
             self._pretrained()  # a new run with a misspelt checkpoint ends before it is one
@@ -131,12 +149,31 @@ class FederatedTraining(Controller, ABC):
     # --- the phases -----------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def _check_schemas(self) -> None:
+        """Refuse data sets (``self._schemas``) that do not fit each other."""
+
+    def _check_networks(self, networks: Mapping[str, Network]) -> None:
+        """Refuse networks that do not fit each other, where sharing some layers is not enough."""
+
+    @abstractmethod
     def _planning_phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
-        """Name and method of each phase that leads to ``self._plans``, in order; a job may stop after any of them."""
+        """Name and method of each phase that leads to every site's plans, in order; a job may stop after any."""
+
+    @abstractmethod
+    def _architecture(self, site: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Plans (or only their architecture) and ``dataset.json`` that a site's network is built from."""
 
     def _conduct(self) -> None:
+        stages = (*self._planning_phases(), ("preprocess", self._agree_on_layers))
+        if self._config.stop_after not in (None, *dict(stages)):
+            raise ConfigError(
+                field="stop_after",
+                expected=f"one of {', '.join(dict(stages))}",
+                found=self._config.stop_after,
+                remedy="correct the job's settings: this job has no such phase",
+            )
         self._describe()
-        for stage, phase in (*self._planning_phases(), ("preprocess", self._agree_on_layers)):
+        for stage, phase in stages:
             self._note(phase=stage)
             phase()
             if stage == self._config.stop_after:
@@ -145,7 +182,6 @@ class FederatedTraining(Controller, ABC):
                 return
         layers = self._train()
         self._note(phase="validate")
-        self._process.start()
         self._export(layers)
         self._validate(layers)
         self._run.finish()
@@ -161,50 +197,99 @@ class FederatedTraining(Controller, ABC):
         described = {site: cast(site, reply, SiteDescription.parse) for site, reply in replies.items()}
         self._sites = {site: description.role for site, description in described.items()}
         _check_versions({site: description.versions for site, description in described.items()})
-        schemas = {site: description.schema for site, description in described.items()}
-        check_schemas_match(schemas)
+        self._schemas = {site: description.schema for site, description in described.items()}
+        self._check_schemas()
         self._training_sites = [site for site, role in self._sites.items() if role == "train"]
-        self._min_sites = self._federation.min_sites or len(self._training_sites)
+        self._start, self._sharing = self._run.load_global(), None
+        if self._start is not None:
+            self._sharing = Sharing.from_json(read_json(self._folder / SHARING_FILE))
+        members = {*self._training_sites, *(self._sharing.networks if self._sharing else ())}
+        self._min_sites = self._federation.min_sites or len(members)
         self._require(len(self._training_sites), "sites that train", {})
-        self._num_cases = {site: schemas[site].num_training for site in self._training_sites}
-        self._dataset_json = dataset_json(schemas[self._training_sites[0]], sum(self._num_cases.values()))
+        self._num_cases = {site: self._schemas[site].num_training for site in self._training_sites}
         cases = ", ".join(f"{site} {number} cases" for site, number in self._num_cases.items())
         self._say(f"run {self.run}: {len(self._sites)} sites ({cases})")
         if len(self._training_sites) == 1:
             self._say("only one site trains: this is no federation; set min_sites to wait for the others")
 
     def _agree_on_layers(self) -> None:
-        """Every site preprocesses and opens its training; its network must have exactly the common layers."""
-        self._start = self._run.load_global()
+        """Every site preprocesses and opens its training; what they share is settled once for the run."""
         if self._start is None:
             self._process.start()  # imports torch while the sites preprocess
         replies = self._ask_every_site(protocol.LAYER_SIGNATURE)
         opened = {site: cast(site, reply, SiteLayers.parse) for site, reply in replies.items()}
+        networks = {site: opened[site].network for site in self._training_sites}
+        self._check_networks(networks)
+        if self._sharing is None:
+            self._sharing = Sharing.among(networks, self._sharing_config)
+        else:
+            self._sharing = self._sharing.joined_by(networks, self._sharing_config)
+        write_json(self._folder / SHARING_FILE, self._sharing.to_json())
+        self._names = {site: self._sharing.names_of(site) for site in networks}
+        for site in self._sites.keys() - networks.keys():
+            self._names[site] = self._whole_network(site, opened[site].network)
+        self._shapes = {
+            site: {name: opened[site].network[name].shape for name in names} for site, names in self._names.items()
+        }
         if self._start is None:
             self._start = 0, self._initial_layers()
             self._run.save_global(*self._start)
-        signature = signature_of(self._start[1])
-        for site, layers in opened.items():
-            _check_signature(site, layers.signature, signature)
-        self._shared = dict.fromkeys(self._sites, signature)
         by_cases = self._config.weighting == "cases"
         self._weights = {site: opened[site].num_training_cases if by_cases else 1 for site in self._training_sites}
         millions = sum(array.size for array in self._start[1].values()) / 1e6
-        self._say(f"{len(signature)} layers, {millions:.1f} million parameters")
+        self._say(f"{len(self._start[1])} layers shared, {millions:.1f} million parameters")
+        self._report_coverage()
+
+    def _whole_network(self, site: str, network: Network) -> dict[str, str]:
+        """Layers of a site that only evaluates: it has none of its own, so all must be shared by those that train."""
+        for other, known in self._sharing.networks.items():
+            if known == network and self._sharing.is_complete(other):
+                return self._sharing.names_of(other)
+        raise ConfigError(
+            field="role",
+            expected="train, where layers stay at their sites",
+            found="evaluate",
+            remedy="let the site train, or use jobs/ffe without keep_local",
+            site=site,
+        )
+
+    def _report_coverage(self) -> None:
+        if all(map(self._sharing.is_complete, self._sharing.networks)):
+            return
+        coverage = self._sharing.coverage()
+        write_json(self._folder / COVERAGE_FILE, coverage)
+        draw_coverage(self._sharing, self._folder / COVERAGE_PICTURE)
+        for site, covered in coverage.items():
+            others = ", ".join(f"{share:.0%} with {other}" for other, share in covered["shared_with"].items())
+            self._say(f"{site} shares {covered['shared']:.0%} of its parameters ({others})")
 
     def _initial_layers(self) -> dict[str, np.ndarray]:
-        _, layers = self._process.call(
-            "initial_layers",
-            {
-                "job": self._config.to_json(),
-                "plans": self._plans,
-                "dataset_json": self._dataset_json,
-                "pretrained": self._pretrained(),
-            },
-            cancelled=lambda: self._abort_signal.triggered,
-        )
+        """Every shared layer as it is in a fresh network of its first site: all sites start from the same values."""
+        initial = {}
+        for site, names in self._sharing.donors().items():
+            plans, described = self._architecture(site)
+            _, layers = self._process.call(
+                "initial_layers",
+                {
+                    "job": self._config.to_json(),
+                    "alignment": self._sharing_config.alignment,
+                    "plans": plans,
+                    "dataset_json": described,
+                    "pretrained": self._pretrained(),
+                },
+                cancelled=lambda: self._abort_signal.triggered,
+            )
+            if layers.keys() < names.keys():
+                raise LayerMismatchError(
+                    field="layers",
+                    expected="those of the architecture that the site told",
+                    found="others",
+                    remedy="use the same trainer and versions at every site and at the server",
+                    site=site,
+                )
+            initial |= {key: layers[name] for name, key in names.items()}
         self._process.close()
-        return layers
+        return initial
 
     def _pretrained(self) -> str | None:
         if not self._config.pretrained:
@@ -242,8 +327,8 @@ class FederatedTraining(Controller, ABC):
         wire = {name: array.astype(self._config.wire_dtype, copy=False) for name, array in layers.items()}
         content = self._request_content() | {"round": round_number, "update": self._config.update}
         requests = {
-            site: Message(content=content, layers={name: wire[name] for name in shared})
-            for site, shared in self._shared.items()
+            site: Message(content=content, layers={name: wire[key] for name, key in names.items()})
+            for site, names in self._names.items()
         }
         tasks = {"train": protocol.TRAIN, "evaluate": protocol.EVALUATE}
         total = WeightedSum(total_weight=sum(self._weights.values()))
@@ -255,7 +340,7 @@ class FederatedTraining(Controller, ABC):
             downloaded = protocol.layer_bytes(requests[site].layers)
             result = cast(site, reply, lambda content: site_round(role, reply, downloaded, seconds))
             if role == "train":
-                check_layers(reply.layers, self._shared[site], site=site)
+                check_layers(reply.layers, self._shapes[site], site=site)
                 if reply.difference != difference:
                     raise UpdateError(
                         field="update",
@@ -264,7 +349,8 @@ class FederatedTraining(Controller, ABC):
                         remedy="remove filters that change the kind of update",
                         site=site,
                     )
-                total.add(reply.layers, weight=self._weights[site])
+                update = {self._names[site][name]: array for name, array in reply.layers.items()}
+                total.add(update, weight=self._weights[site])
             results[site] = result
 
         outcome = self._ask(
@@ -280,44 +366,30 @@ class FederatedTraining(Controller, ABC):
             missing={site: str(error) for site, error in outcome.failures.items()},
             seconds=time.monotonic() - started,
         )
-        mean = total.mean()
-        return (apply_update(layers, mean) if difference else mean), record
+        mean = total.mean(min_sites=self._sharing_config.min_cohort)
+        if waiting := len(layers) - len(mean):
+            self._say(f"{waiting} layers keep their values: too few of the sites that share them have answered")
+        return (apply_update(layers, mean) if difference else {**layers, **mean}), record
 
     def _export(self, layers: Layers) -> None:
-        """The global model, predict-ready, and the learning curves; before any site's validation can fail."""
-        self._process.call(
-            "export_model",
-            {
-                "job": self._config.to_json(),
-                "plans": self._plans,
-                "dataset_json": self._dataset_json,
-                "fingerprint": read_json(self._folder / "dataset_fingerprint.json"),
-                "folder": str(self._folder / "model"),
-            },
-            layers,
-            cancelled=lambda: self._abort_signal.triggered,
-        )
+        """What the run leaves at the server; before any site's validation can fail."""
         draw_learning_curves(self._history, self._folder / CURVES_FILE)
-        artifacts = {
-            "model": "model",
-            "plans": "plans.json",
-            "fingerprint": "dataset_fingerprint.json",
-            "curves": CURVES_FILE,
-            "metrics": JSON_FILE,
-            "table": CSV_FILE,
-            "tensorboard": "tensorboard",
-        }
-        self._note(artifacts=artifacts)
+        present = {name: path for name, path in ARTIFACTS.items() if (self._folder / path).exists()}
+        self._note(artifacts=present | {"tensorboard": "tensorboard"})  # which FLARE's receiver leaves at the end
 
     def _validate(self, layers: Layers) -> None:
         """Final sync: every site keeps the final model and scores it on its validation cases."""
-        message = Message(content=self._request_content(), layers=layers)
+        content = self._request_content()
+        requests = {
+            site: Message(content=content, layers={name: layers[key] for name, key in names.items()})
+            for site, names in self._names.items()
+        }
         final: dict[str, SiteFinal] = {}
 
         def accept(site: str, reply: Message) -> None:
             final[site] = cast(site, reply, site_final)
 
-        outcome = self._ask(dict.fromkeys(self._sites, (protocol.VALIDATE, message)), accept, "phase")
+        outcome = self._ask({site: (protocol.VALIDATE, requests[site]) for site in self._sites}, accept, "phase")
         for error in outcome.failures.values():
             self._say(f"no validation: {error}")
         self._note(final=dict(sorted(final.items())))
@@ -326,7 +398,8 @@ class FederatedTraining(Controller, ABC):
     # --- asking the sites -----------------------------------------------------------------------------------------
 
     def _request_content(self) -> dict[str, Any]:
-        return {"run": self.run, "run_id": self._run_id, "job": self._config.to_json()}
+        alignment = self._sharing_config.alignment
+        return {"run": self.run, "run_id": self._run_id, "job": self._config.to_json(), "alignment": alignment}
 
     def _ask(
         self, requests: Mapping[str, tuple[str, Message]], accept: Callable[[str, Message], None], kind: str
@@ -393,15 +466,3 @@ def _check_versions(versions: Mapping[str, Mapping[str, str]]) -> None:
                     remedy="install the same version at every site",
                     site=site,
                 )
-
-
-def _check_signature(site: str, signature: Signature, expected: Signature) -> None:
-    for name in sorted(signature.keys() | expected.keys()):
-        if signature.get(name) != expected.get(name):
-            raise LayerMismatchError(
-                field=f"layer {name}",
-                expected=f"shape {expected.get(name, 'absent')}",
-                found=f"shape {signature.get(name, 'absent')}",
-                remedy="use the same trainer and plans at every site",
-                site=site,
-            )

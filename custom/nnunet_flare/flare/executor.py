@@ -54,6 +54,7 @@ class NNUNetExecutor(Executor):
             protocol.DESCRIBE: self._describe,
             protocol.EXTRACT_FINGERPRINT: self._extract_fingerprint,
             protocol.PLAN: self._plan,
+            protocol.PLAN_LOCALLY: self._plan_locally,
             protocol.LAYER_SIGNATURE: self._layer_signature,
             protocol.TRAIN: self._train,
             protocol.EVALUATE: self._evaluate,
@@ -123,7 +124,10 @@ class NNUNetExecutor(Executor):
         return reply if calls.settings.role == "train" else Message()
 
     def _plan(self, request: Message, calls: Calls) -> Message:
-        return calls.run("plan", **calls.training(), summary=request.content["summary"])
+        return calls.run("plan", **calls.task(), summary=request.content["summary"])
+
+    def _plan_locally(self, request: Message, calls: Calls) -> Message:
+        return calls.run("plan_locally", **calls.task())
 
     def _layer_signature(self, request: Message, calls: Calls) -> Message:
         return calls.run("prepare", **calls.training())
@@ -156,9 +160,13 @@ class Calls:
         self._run, self._request, self._cancelled, self._logger = run, request, cancelled, logger
         self._bar_shown = time.monotonic()
 
+    def task(self) -> dict[str, Any]:
+        """The arguments that every command of a run takes."""
+        return {"settings": self.settings.to_json(), "job": self._request.content["job"], "run": str(self._run)}
+
     def training(self) -> dict[str, Any]:
         """The arguments that every command on a training takes."""
-        return {"settings": self.settings.to_json(), "job": self._request.content["job"], "run": str(self._run)}
+        return self.task() | {"alignment": self._request.content["alignment"]}
 
     def run(self, command: str, **arguments: Any) -> Message:
         """Run a command with the request's layers and return its answer as a reply."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
+from nnunet_flare.aggregation.layers import Layers
+from nnunet_flare.aggregation.network import Network, check_same_network
+from nnunet_flare.aggregation.sharing import SharingConfig
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.controller import FederatedTraining
 from nnunet_flare.flare.replies import SitePlan, cast
 from nnunet_flare.nnunet.network_plan import check_same_network_plans
+from nnunet_flare.nnunet.schema import check_schemas_match, dataset_json
 from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["FFEController"]
@@ -22,7 +27,22 @@ class FFEController(FederatedTraining):
         run: Name of the run; a run of the same name that has not finished is continued.
         training: Settings of ``TrainingConfig`` that differ from its defaults.
         federation: Settings of ``FederationConfig`` that differ from its defaults.
+        keep_local: Layers that stay at their site, as in ``SharingConfig``; the server then has no whole model.
     """
+
+    def __init__(
+        self,
+        run: str,
+        training: dict[str, Any] | None = None,
+        federation: dict[str, Any] | None = None,
+        keep_local: list[str] | None = None,
+    ) -> None:
+        self.keep_local = keep_local
+        one_network = SharingConfig(alignment="name", keep_local=keep_local or (), min_cohort=1, min_overlap=0)
+        super().__init__(run, training, federation, one_network)
+
+    def _check_schemas(self) -> None:
+        check_schemas_match(self._schemas)
 
     def _planning_phases(self) -> tuple[tuple[str, Callable[[], None]], ...]:
         return ("fingerprint", self._merge_fingerprints), ("plan", self._plan)
@@ -56,6 +76,8 @@ class FFEController(FederatedTraining):
         plans = dict(planned[self._training_sites[0]].plans)
         plans["dataset_name"] = f"Dataset000_{self.run}"
         self._plans = plans
+        first = self._schemas[self._training_sites[0]]
+        self._dataset_json = dataset_json(first, sum(self._num_cases.values()))
         write_json(self._folder / "plans.json", plans)
         configuration = plans["configurations"][self._config.configuration]
         stages = configuration["architecture"]["arch_kwargs"].get("n_stages")
@@ -63,3 +85,29 @@ class FFEController(FederatedTraining):
             f"one plan for all: {self._config.configuration}, patch {configuration['patch_size']}, "
             f"batch {configuration['batch_size']}, {stages} stages"
         )
+
+    def _architecture(self, site: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        return self._plans, self._dataset_json
+
+    def _check_networks(self, networks: Mapping[str, Network]) -> None:
+        first = self._training_sites[0]
+        for site, network in networks.items():
+            remedy = "use the same trainer and plans at every site"
+            check_same_network(site, network, networks[first], origin=f"at {first}", remedy=remedy)
+
+    def _export(self, layers: Layers) -> None:
+        """The global model, predict-ready, where all of it is shared."""
+        if self._sharing.is_complete(self._training_sites[0]):
+            self._process.call(
+                "export_model",
+                {
+                    "job": self._config.to_json(),
+                    "plans": self._plans,
+                    "dataset_json": self._dataset_json,
+                    "fingerprint": read_json(self._folder / "dataset_fingerprint.json"),
+                    "folder": str(self._folder / "model"),
+                },
+                layers,
+                cancelled=lambda: self._abort_signal.triggered,
+            )
+        super()._export(layers)

@@ -25,6 +25,7 @@ __all__ = [
     "EXTRACT_FINGERPRINT",
     "LAYER_SIGNATURE",
     "PLAN",
+    "PLAN_LOCALLY",
     "TASKS",
     "TRAIN",
     "VALIDATE",
@@ -37,11 +38,12 @@ __all__ = [
 DESCRIBE = "describe"
 EXTRACT_FINGERPRINT = "extract_fingerprint"
 PLAN = "plan"
+PLAN_LOCALLY = "plan_locally"
 LAYER_SIGNATURE = "layer_signature"
 TRAIN = "train"
 EVALUATE = "evaluate"
 VALIDATE = "validate"
-TASKS = (DESCRIBE, EXTRACT_FINGERPRINT, PLAN, LAYER_SIGNATURE, TRAIN, EVALUATE, VALIDATE)
+TASKS = (DESCRIBE, EXTRACT_FINGERPRINT, PLAN, PLAN_LOCALLY, LAYER_SIGNATURE, TRAIN, EVALUATE, VALIDATE)
 
 _TEXT = "nnunet_flare"
 _LAYER_KINDS = (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from nnunet_flare.aggregation.network import Network, network_from_json
 from nnunet_flare.errors import NNUNetFlareError, UpdateError
 from nnunet_flare.flare.history import SiteFinal, SiteRound
 from nnunet_flare.flare.protocol import Message, layer_bytes
@@ -14,7 +15,7 @@ from nnunet_flare.nnunet.network_plan import check_classes, network_plan
 from nnunet_flare.nnunet.schema import DatasetSchema
 from nnunet_flare.nnunet.site import ROLES
 
-__all__ = ["SiteDescription", "SiteLayers", "SitePlan", "cast", "site_final", "site_round"]
+__all__ = ["SiteDescription", "SiteLayers", "SitePlan", "cast", "site_architecture", "site_final", "site_round"]
 
 T = TypeVar("T")
 
@@ -71,20 +72,25 @@ class SitePlan:
         return cls(plans=plans, network_plan=network_plan(plans, configuration))
 
 
+def site_architecture(configuration: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of its plans that a site tells where each plans for itself (``architecture_plans``)."""
+    check_classes(content["plans"], configuration)
+    return dict(content["plans"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteLayers:
-    """Names and shapes of a site's layers, and the training cases of its fold."""
+    """A site's network, and the training cases of its fold."""
 
-    signature: Mapping[str, tuple[int, ...]]
+    network: Network
     num_training_cases: int
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> SiteLayers:
-        signature = {str(name): tuple(int(size) for size in shape) for name, shape in content["signature"]}
         number = int(content["num_training_cases"])
         if number < 1:
             raise ValueError(number)
-        return cls(signature=signature, num_training_cases=number)
+        return cls(network=network_from_json(content["signature"]), num_training_cases=number)
 
 
 def site_round(role: str, reply: Message, download_bytes: int, seconds: float) -> SiteRound:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_flare.aggregation.network import network_to_json
 from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.nnunet import model
 from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.nnunet.dataset import find_dataset
+from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
 from nnunet_flare.nnunet.evaluate import validate
 from nnunet_flare.nnunet.extract import extract_summary
+from nnunet_flare.nnunet.network_plan import architecture_plans
 from nnunet_flare.nnunet.plans import plan
 from nnunet_flare.nnunet.preprocess import preprocess
 from nnunet_flare.nnunet.site import SiteSettings
@@ -73,11 +75,21 @@ class Commands:
         write_json(folder / "plans.json", plans)
         return {"plans": plans}
 
-    def prepare(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> dict[str, Any]:
-        """Preprocess, then open the training: names and shapes of its layers, and the cases of its fold."""
-        training = self._open(settings, job, run)
+    def plan_locally(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> dict[str, Any]:
+        """Plan from the site's own fingerprint; of the plans, only the network's architecture is told."""
+        site, config = SiteSettings.from_json(settings), TrainingConfig.from_json(job)
+        record = Path(run) / "fingerprint_summary.json"
+        if not record.exists():
+            number = RawDataset.read(find_dataset(site.raw_root, site.dataset)).schema.num_training
+            write_json(record, self.extract(settings, config.num_foreground_voxels, number)["summary"])
+        plans = self.plan(settings, job, run, read_json(record))["plans"]
+        return {"plans": architecture_plans(plans, config.configuration)}
+
+    def prepare(self, settings: dict[str, Any], job: dict[str, Any], run: str, alignment: str) -> dict[str, Any]:
+        """Preprocess, then open the training: what its layers are, and the cases of its fold."""
+        training = self._open(settings, job, run, alignment)
         return {
-            "signature": [[name, list(shape)] for name, shape in training.stepper.signature().items()],
+            "signature": network_to_json(training.network()),
             "num_training_cases": training.num_training_cases,
         }
 
@@ -92,18 +104,19 @@ class Commands:
             report=self._report("preprocessing"),
         )
 
-    def _open(self, settings: dict[str, Any], job: dict[str, Any], run: str) -> SiteTraining:
-        key = json.dumps([settings, job, run], sort_keys=True)
+    def _open(self, settings: dict[str, Any], job: dict[str, Any], run: str, alignment: str) -> SiteTraining:
+        key = json.dumps([settings, job, run, alignment], sort_keys=True)
         if self._training is None or self._training.key != key:
-            site, config = SiteSettings.from_json(settings), TrainingConfig.from_json(job)
-            self._training = SiteTraining(key, site, config, Path(run), self._preprocess(site, config, Path(run)))
+            site, config, folder = SiteSettings.from_json(settings), TrainingConfig.from_json(job), Path(run)
+            preprocessed = self._preprocess(site, config, folder)
+            self._training = SiteTraining(key, site, config, alignment, folder, preprocessed)
         return self._training
 
     def train(
-        self, settings: dict[str, Any], job: dict[str, Any], run: str, round_number: int, layers: Layers
+        self, settings: dict[str, Any], job: dict[str, Any], run: str, alignment: str, round_number: int, layers: Layers
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """One round of local training from the layers received; what changed in them goes back."""
-        training = self._open(settings, job, run)
+        training = self._open(settings, job, run, alignment)
         score, loss = training.train(round_number, layers, self._report(f"training round {round_number + 1}"))
         local = training.stepper.layers()
         difference, wire = training.config.update == "difference", np.dtype(training.config.wire_dtype)
@@ -114,17 +127,19 @@ class Commands:
         return training.describe(score) | {"train_loss": loss}, update
 
     def evaluate(
-        self, settings: dict[str, Any], job: dict[str, Any], run: str, round_number: int, layers: Layers
+        self, settings: dict[str, Any], job: dict[str, Any], run: str, alignment: str, round_number: int, layers: Layers
     ) -> dict[str, Any]:
         """The online score of the layers received; nothing is trained."""
-        training = self._open(settings, job, run)
+        training = self._open(settings, job, run, alignment)
         training.stepper.load_layers(layers)
         training.stepper.begin_round(round_number, reset_momentum=False)
         return training.describe(training.stepper.evaluate())
 
-    def validate(self, settings: dict[str, Any], job: dict[str, Any], run: str, layers: Layers) -> dict[str, Any]:
+    def validate(
+        self, settings: dict[str, Any], job: dict[str, Any], run: str, alignment: str, layers: Layers
+    ) -> dict[str, Any]:
         """Keep the final layers as nnU-Net's final checkpoint, and score them on every validation case."""
-        training = self._open(settings, job, run)
+        training = self._open(settings, job, run, alignment)
         training.resume(training.config.num_rounds)
         training.stepper.load_layers(layers)
         training.stepper.begin_round(training.config.num_rounds, reset_momentum=False)
@@ -139,11 +154,16 @@ class Commands:
         return {"cases": cases}
 
     def initial_layers(
-        self, job: dict[str, Any], plans: dict[str, Any], dataset_json: dict[str, Any], pretrained: str | None
+        self,
+        job: dict[str, Any],
+        alignment: str,
+        plans: dict[str, Any],
+        dataset_json: dict[str, Any],
+        pretrained: str | None,
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Server: the common initial weights, decided by the job's seed or by a pretrained checkpoint."""
-        config = TrainingConfig.from_json(job)
-        return {}, model.initial_layers(config, plans, dataset_json, Path(pretrained) if pretrained else None)
+        """Server: the initial weights of a network, decided by the job's seed or by a pretrained checkpoint."""
+        config, file = TrainingConfig.from_json(job), Path(pretrained) if pretrained else None
+        return {}, model.initial_layers(config, alignment, plans, dataset_json, file)
 
     def export_model(
         self,

@@ -38,21 +38,33 @@ def _network(config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Map
 
 
 def initial_layers(
-    config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Mapping[str, Any], pretrained: Path | None
+    config: TrainingConfig,
+    alignment: str,
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    pretrained: Path | None,
 ) -> dict[str, np.ndarray]:
     """Canonical name -> float32 array: nnU-Net's own initialisation under the job's seed.
 
     A pretrained nnU-Net checkpoint replaces every layer but the segmentation heads, as nnU-Net does it.
 
+    Args:
+        config: The job's training settings.
+        alignment: As for ``canonical_tensors``.
+        plans: Full plans, or those of ``architecture_plans``.
+        dataset_json: Channels and labels of the network.
+        pretrained: Checkpoint file, or None.
+
     Raises:
         ConfigError: the pretrained checkpoint is not readable, or its layers differ.
     """
-    _mirroring_axes(config, plans)  # a trainer that cannot tell should end the job now, not after the last round
+    if "patch_size" in plans["configurations"][config.configuration]:  # full plans: a model will be written of them
+        _mirroring_axes(config, plans)  # a trainer that cannot tell should end the job now, not after the last round
     seed_everything(config.seed, "initial weights")
     network = _network(config, plans, dataset_json)
     if pretrained is not None:
         _load_pretrained(network, pretrained)
-    return read_layers(network)
+    return read_layers(network, alignment=alignment)
 
 
 def _load_pretrained(network: torch.nn.Module, file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunet_flare.errors import PlansError
 
-__all__ = ["check_classes", "check_same_network_plans", "network_plan"]
+__all__ = ["architecture_plans", "check_classes", "check_same_network_plans", "network_plan"]
 
 _SHARED = ("architecture", "preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
 _CLASSES = re.compile(
@@ -54,6 +54,12 @@ def network_plan(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]
         if scheme == "CTNormalization"
     }
     return dict(_flatten(kept))
+
+
+def architecture_plans(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Plans with nothing but the network's architecture: what a site that plans for itself tells of its plans."""
+    kept = {"architecture": plans["configurations"][configuration]["architecture"]}
+    return {"label_manager": plans["label_manager"], "configurations": {configuration: kept}}
 
 
 def check_same_network_plans(network_plans: Mapping[str, Mapping[str, Any]]) -> None:

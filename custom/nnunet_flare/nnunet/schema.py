@@ -9,7 +9,15 @@ from typing import Any
 
 from nnunet_flare.errors import DatasetError, UpdateError
 
-__all__ = ["DATASET_FILE", "DatasetSchema", "check_schemas_match", "dataset_json", "fault", "schema_from"]
+__all__ = [
+    "DATASET_FILE",
+    "DatasetSchema",
+    "check_labels_agree",
+    "check_schemas_match",
+    "dataset_json",
+    "fault",
+    "schema_from",
+]
 
 DATASET_FILE = "dataset.json"
 
@@ -147,6 +155,29 @@ def check_schemas_match(schemas: Mapping[str, DatasetSchema]) -> None:
                 remedy=f"make {DATASET_FILE} and files alike at all sites, letter by letter",
                 site=site,
             )
+
+
+def check_labels_agree(schemas: Mapping[str, DatasetSchema]) -> None:
+    """Check that a label has one value everywhere: what sites of different networks must have in common.
+
+    A site may annotate some of the labels only. Its head then has other outputs than the others' and stays local,
+    unless its data set names all labels and marks what nobody annotated with nnU-Net's ignore label.
+
+    Raises:
+        DatasetError: two sites give one label name different values; names both.
+    """
+    known: dict[str, tuple[str, int | tuple[int, ...]]] = {}
+    for site, schema in schemas.items():
+        for label, value in schema.labels.items():
+            first_site, first = known.setdefault(label, (site, value))
+            if value != first and label != "ignore":
+                raise DatasetError(
+                    field=f"{DATASET_FILE}: labels: {label}",
+                    expected=f"{first!r} as at {first_site}",
+                    found=repr(value),
+                    remedy="number the labels alike at all sites: the same value would otherwise mean two things",
+                    site=site,
+                )
 
 
 def schema_from(values: Mapping[str, Any], *, num_training: Any) -> DatasetSchema:

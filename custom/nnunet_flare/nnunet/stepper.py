@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +18,9 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_flare.aggregation.network import Layer
 from nnunet_flare.errors import ConfigError, StateError
-from nnunet_flare.nnunet.weights import canonical_tensors, read_layers, write_layers
+from nnunet_flare.nnunet.weights import canonical_tensors, describe_network, read_layers, write_layers
 from nnunet_flare.storage import write_atomically
 
 __all__ = ["RoundSchedule", "Score", "TrainerStepper", "find_trainer", "seed_everything", "write_checkpoint"]
@@ -78,6 +79,7 @@ class TrainerStepper:
         plans: nnU-Net plans. The environment variables nnUNet_preprocessed and nnUNet_results must be set.
         device: torch device.
         seed_parts: What the seeds of a round are made from, besides the round.
+        alignment: How layers that come and go are named (``weights.canonical_tensors``).
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class TrainerStepper:
         device: torch.device,
         schedule: RoundSchedule,
         seed_parts: tuple[object, ...] = (),
+        alignment: str = "name",
     ) -> None:
         if trainer_class.load_checkpoint is not nnUNetTrainer.load_checkpoint:
             raise ConfigError(
@@ -100,7 +103,7 @@ class TrainerStepper:
                 remedy="choose a trainer without a warm-up of its own: rounds could not be repeated or missed",
             )
         self.schedule = schedule
-        self._seed_parts = seed_parts
+        self._seed_parts, self._alignment = seed_parts, alignment
         self.trainer = trainer_class(
             plans={**plans, "continue_training": False},
             configuration=configuration,
@@ -129,15 +132,15 @@ class TrainerStepper:
             seed_everything(*self._seed_parts, "initialize")
             self.trainer.initialize()
 
-    def signature(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every layer."""
-        return {name: tuple(tensor.shape) for name, tensor in canonical_tensors(self.network).items()}
+    def describe(self, *, channels: Sequence[str], outputs: Sequence[str]) -> dict[str, Layer]:
+        """Canonical name -> what the layer is (``weights.describe_network``)."""
+        return describe_network(self.network, alignment=self._alignment, channels=channels, outputs=outputs)
 
     def layers(self) -> dict[str, np.ndarray]:
-        return read_layers(self.network)
+        return read_layers(self.network, alignment=self._alignment)
 
     def load_layers(self, layers: Mapping[str, np.ndarray]) -> None:
-        write_layers(self.network, layers)
+        write_layers(self.network, layers, alignment=self._alignment)
 
     def begin_round(self, round_number: int, *, reset_momentum: bool) -> None:
         """Set learning rate position, logs and seeds for a round; the first one also starts the data loaders."""
@@ -214,7 +217,7 @@ class TrainerStepper:
         try:
             state = torch.load(file, map_location=self.trainer.device, weights_only=True)
             layers = {name: tensor.cpu().numpy() for name, tensor in state["layers"].items()}
-            self.load_layers(layers)
+            write_layers(self.network, layers)
             self.trainer.optimizer.load_state_dict(state["optimizer"])
             if self.trainer.grad_scaler is not None and state["grad_scaler"]:
                 self.trainer.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunet_flare.aggregation.network import Layer
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.evaluate import foreground_labels
@@ -31,8 +32,10 @@ class SiteTraining:
     """The open training of one site, and its checkpoints: ``<run>/checkpoints/round_00007.pt`` is its state after
     round 7 (counted from 0). The last two are kept."""
 
-    def __init__(self, key: str, site: SiteSettings, config: TrainingConfig, run: Path, preprocessed: Path) -> None:
-        self.key, self.config = key, config
+    def __init__(
+        self, key: str, site: SiteSettings, config: TrainingConfig, alignment: str, run: Path, preprocessed: Path
+    ) -> None:
+        self.key, self.config, self._alignment = key, config, alignment
         self._site, self._checkpoints = site, run / "checkpoints"
         self.environment = {
             "nnUNet_raw": str(site.raw_root),
@@ -66,6 +69,7 @@ class SiteTraining:
                 val_iterations_per_epoch=config.val_iterations_per_epoch,
             ),
             seed_parts=(config.seed, self._site.site),
+            alignment=self._alignment,
         )
         self._last_round: int | None = None
 
@@ -95,6 +99,12 @@ class SiteTraining:
         for number in saved.keys() - set(kept):
             saved[number].unlink()
         return result
+
+    def network(self) -> dict[str, Layer]:
+        """Canonical name -> what the layer is, with the site's own channels and labels."""
+        channels = self._dataset_json["channel_names"]
+        outputs = list(foreground_labels(self._dataset_json))
+        return self.stepper.describe(channels=[channels[index] for index in sorted(channels, key=int)], outputs=outputs)
 
     def describe(self, score: Score) -> dict[str, Any]:
         names = foreground_labels(self._dataset_json)
