@@ -7,7 +7,10 @@ import SimpleITK
 from nnunet_flare.errors import DatasetError
 from nnunet_flare.nnunet import phantoms
 from nnunet_flare.nnunet.dataset import RawDataset
+from nnunet_flare.nnunet.demo import DEMO_DATASETS
+from nnunet_flare.nnunet.extract import extract_summary
 from nnunet_flare.nnunet.phantoms import LABELS, write_demo_dataset
+from nnunet_flare.nnunet.plans import plan
 from nnunet_flare.nnunet.schema import check_schemas_match
 
 SITES = ("site-1", "site-2", "site-3", "Charité Berlin")
@@ -25,32 +28,36 @@ def pixels(image):
     return SimpleITK.GetArrayFromImage(image)
 
 
-@pytest.mark.parametrize(("dimension", "name"), [(3, "Dataset900_Demo"), (2, "Dataset901_DemoUltrasound")])
-def test_the_sites_data_sets_are_complete_and_share_one_schema(tmp_path, dimension, name):
-    folders = {site: write_demo_dataset(tmp_path / site, site, num_cases=2, dimension=dimension) for site in SITES}
-    assert {folder.name for folder in folders.values()} == {name}
+@pytest.mark.parametrize("dataset", DEMO_DATASETS)
+def test_the_sites_data_sets_are_complete_and_share_one_schema(tmp_path, dataset):
+    folders = {site: write_demo_dataset(tmp_path / site, site, num_cases=2, dataset=dataset) for site in SITES}
+    assert {folder.name for folder in folders.values()} == {DEMO_DATASETS[dataset].folder}
     schemas = {site: RawDataset.read(folder).schema for site, folder in folders.items()}
     check_schemas_match(schemas)
     assert schemas["site-1"].labels == {"background": 0, "RV": 1, "MYO": 2, "LV": 3}
 
 
-@pytest.mark.parametrize("dimension", [2, 3])
-def test_nnunet_finds_no_fault_with_a_case(tmp_path, dimension):
+def test_the_data_sets_have_names_and_ids_of_their_own():
+    assert len({demo.folder[: len("Dataset900")] for demo in DEMO_DATASETS.values()}) == len(DEMO_DATASETS)
+
+
+@pytest.mark.parametrize("dataset", DEMO_DATASETS)
+def test_nnunet_finds_no_fault_with_a_case(tmp_path, dataset):
     from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases, verify_labels
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-    folder = write_demo_dataset(tmp_path, "site-2", num_cases=2, dimension=dimension)
+    folder = write_demo_dataset(tmp_path, "site-2", num_cases=2, dataset=dataset)
     reader = determine_reader_writer_from_dataset_json(json.loads((folder / "dataset.json").read_text()), verbose=False)
-    assert reader.__name__ == {2: "NaturalImage2DIO", 3: "SimpleITKIO"}[dimension]
+    assert reader.__name__ == {2: "NaturalImage2DIO", 3: "SimpleITKIO"}[DEMO_DATASETS[dataset].dimension]
     for case in RawDataset.read(folder).cases.values():
         assert verify_labels(str(case.label), reader, list(LABELS.values()))
         assert check_cases([str(case.images[0])], str(case.label), 1, reader)
 
 
-@pytest.mark.parametrize("dimension", [2, 3])
-def test_a_site_gets_the_same_phantoms_again_and_another_site_gets_others(tmp_path, dimension):
+@pytest.mark.parametrize("dataset", DEMO_DATASETS)
+def test_a_site_gets_the_same_phantoms_again_and_another_site_gets_others(tmp_path, dataset):
     for root, site in (("a", "site-1"), ("b", "site-1"), ("c", "site-x"), ("d", "site-y")):
-        write_demo_dataset(tmp_path / root, site, num_cases=2, dimension=dimension)
+        write_demo_dataset(tmp_path / root, site, num_cases=2, dataset=dataset)
     contents = {
         root: [pixels(image).tobytes() for image in images_of(next((tmp_path / root).glob("Dataset*")))]
         for root in "abcd"
@@ -95,9 +102,10 @@ def test_volumes_have_the_promised_size(tmp_path, site):
         assert 7.9 < sz < 10.1
 
 
+@pytest.mark.parametrize("dataset", ["demo", "demo_mixed"])
 @pytest.mark.parametrize("site", SITES)
-def test_every_heart_is_anatomy(tmp_path, site):
-    for label in map(pixels, labels_of(write_demo_dataset(tmp_path, site))):
+def test_every_heart_is_anatomy(tmp_path, site, dataset):
+    for label in map(pixels, labels_of(write_demo_dataset(tmp_path, site, dataset=dataset))):
         assert set(np.unique(label)) == {0, 1, 2, 3}
         assert not np.any(label[-1] == 1), "no right ventricle at the apex"
         assert np.count_nonzero(label[-2] > 0) < np.count_nonzero(label[0] > 0), "hearts taper"
@@ -109,8 +117,56 @@ def test_every_heart_is_anatomy(tmp_path, site):
         assert np.all(label[:, [0, -1], :] == 0), "the heart lies within the field of view"
 
 
+@pytest.fixture(scope="module")
+def own_plans(tmp_path_factory):
+    """Site -> the configurations that nnU-Net plans from the fingerprint of the site's mixed data alone."""
+    configurations = {}
+    for site in SITES[:3]:
+        folder = write_demo_dataset(tmp_path_factory.mktemp("raw"), site, dataset="demo_mixed")
+        summary = extract_summary(folder, num_foreground_voxels=10_000, num_cases_total=8)
+        plans = plan(folder, summary, num_training=8, configuration="3d_fullres", overrides={"batch_size": 2})
+        configurations[site] = plans["configurations"]
+    return configurations
+
+
+def test_nnunet_plans_unlike_3d_networks_for_the_sites_of_the_mixed_demo(own_plans):
+    plans = {site: configurations["3d_fullres"] for site, configurations in own_plans.items()}
+    networks = {site: found["architecture"]["arch_kwargs"] for site, found in plans.items()}
+    assert {site: found["patch_size"] for site, found in plans.items()} == {
+        "site-1": [10, 40, 40],
+        "site-2": [12, 28, 28],
+        "site-3": [16, 24, 24],
+    }
+    assert {site: network["n_stages"] for site, network in networks.items()} == {"site-1": 4, "site-2": 3, "site-3": 3}
+    assert {site: network["kernel_sizes"][0] for site, network in networks.items()} == {
+        "site-1": [1, 3, 3],
+        "site-2": [1, 3, 3],
+        "site-3": [3, 3, 3],
+    }
+
+
+def test_nnunet_plans_unlike_2d_networks_for_the_sites_of_the_mixed_demo(own_plans):
+    plans = [configurations["2d"] for configurations in own_plans.values()]
+    assert [found["patch_size"] for found in plans] == [[40, 40], [28, 28], [24, 24]]
+    assert [found["architecture"]["arch_kwargs"]["n_stages"] for found in plans] == [4, 3, 3]
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_the_networks_of_the_mixed_demo_agree_below_full_resolution(own_plans, configuration):
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    def coarse_layers(architecture):
+        network = get_network_from_plans(*architecture.values(), 1, len(LABELS), allow_init=False)
+        encoder, decoder = network.encoder.stages, network.decoder
+        parts = encoder[1], encoder[2], decoder.stages[-2], decoder.transpconvs[-2]
+        return [{name: tuple(tensor.shape) for name, tensor in part.state_dict().items()} for part in parts]
+
+    first, *others = [coarse_layers(found[configuration]["architecture"]) for found in own_plans.values()]
+    assert others == [first, first]
+
+
 def test_an_ultrasound_image_is_black_outside_its_sector(tmp_path):
-    folder = write_demo_dataset(tmp_path, "site-1", num_cases=2, dimension=2)
+    folder = write_demo_dataset(tmp_path, "site-1", num_cases=2, dataset="demo_2d")
     for image, label in zip(map(pixels, images_of(folder)), map(pixels, labels_of(folder)), strict=True):
         assert image.dtype == np.uint8
         assert image.ndim == 2

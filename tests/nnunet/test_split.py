@@ -315,7 +315,7 @@ def test_a_spacing_that_fits_no_site_or_no_image_is_refused(demo, tmp_path, spac
 
 
 def test_images_without_spacing_are_not_resampled(tmp_path):
-    ultrasound = write_demo_dataset(tmp_path, "site-1", num_cases=2, dimension=2)
+    ultrasound = write_demo_dataset(tmp_path, "site-1", num_cases=2, dataset="demo_2d")
     with pytest.raises(ConfigError, match="spacing in mm"):
         split_dataset(ultrasound, tmp_path / "out", assignment=HALVES, spacing_mm={"site-1": (2, 2)})
     assert split_dataset(ultrasound, tmp_path / "out", assignment=HALVES).keys() == {"site-1", "site-2"}

@@ -27,9 +27,10 @@ from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
+from nnunet_flare.nnunet.demo import DEMO_DATASETS
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.nnunet.process import NNUNetProcess
-from nnunet_flare.nnunet.site import DEMO_DATASETS, SiteSettings
+from nnunet_flare.nnunet.site import SiteSettings
 
 __all__ = ["NNUNetExecutor"]
 
@@ -187,7 +188,7 @@ def _with_demo_data(settings: SiteSettings) -> SiteSettings:
     if settings.dataset not in DEMO_DATASETS:
         return settings
     raw_root = settings.folder / "nnUNet_raw"
-    folder = write_demo_dataset(raw_root, settings.site, dimension=DEMO_DATASETS[settings.dataset])
+    folder = write_demo_dataset(raw_root, settings.site, dataset=settings.dataset)
     return replace(settings, dataset=folder.name, nnunet_raw=raw_root)
 
 

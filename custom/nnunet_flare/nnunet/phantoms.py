@@ -2,12 +2,11 @@
 
 Each site has a scanner of its own: voxel size, tissue contrast, noise and shading differ as between hospitals,
 while every heart is drawn from one population. Labels are those of the ACDC challenge: RV, MYO and LV.
-Data sets depend on nothing but the site's name and the number of dimensions.
+Data depend on nothing but the names of the site and of the data set.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,66 +17,13 @@ import SimpleITK
 from scipy import ndimage
 
 from nnunet_flare.errors import DatasetError
+from nnunet_flare.nnunet.demo import DEMO_DATASETS, DemoDataset, Scanner, site_seed
 from nnunet_flare.nnunet.schema import DATASET_FILE, DatasetSchema, dataset_json
 
 __all__ = ["LABELS", "write_demo_dataset"]
 
 LABELS = {"background": 0, "RV": 1, "MYO": 2, "LV": 3}
-DATASET_NAMES = {2: "Dataset901_DemoUltrasound", 3: "Dataset900_Demo"}
-FIELD_OF_VIEW_MM = 94.0
 SUPERSAMPLING = 3  # in-plane sub-voxels per axis: partial volume at tissue borders
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scanner:
-    """How a site's images look. Intensities are relative to fat; blood and myocardium make the contrast.
-
-    Args:
-        spacing_mm: Voxel size in plane.
-        slice_mm: Distance of slices.
-        blood: Intensity of the blood pool.
-        myocardium: Intensity of the heart muscle.
-        noise_stddev: Standard deviation of both channels of the Rician noise, relative to fat.
-        shading: Amplitude of the smooth bias field's logarithm.
-        gain: Grey values per unit of intensity.
-    """
-
-    spacing_mm: float
-    slice_mm: float
-    blood: float
-    myocardium: float
-    noise_stddev: float
-    shading: float
-    gain: float
-
-    @classmethod
-    def of(cls, site: str) -> Scanner:
-        """The demo's three scanners by name, any other drawn from the site's name."""
-        if site in SCANNERS:
-            return SCANNERS[site]
-        draw = np.random.default_rng(_seed(site)).uniform
-        return cls(
-            spacing_mm=round(draw(1.75, 2.25), 2),
-            slice_mm=round(draw(8.0, 10.0), 1),
-            blood=draw(0.75, 1.05),
-            myocardium=draw(0.25, 0.42),
-            noise_stddev=draw(0.03, 0.09),
-            shading=draw(0.1, 0.5),
-            gain=draw(150.0, 900.0),
-        )
-
-
-SCANNERS = {
-    "site-1": Scanner(
-        spacing_mm=2.0, slice_mm=10.0, blood=0.95, myocardium=0.3, noise_stddev=0.03, shading=0.1, gain=300.0
-    ),
-    "site-2": Scanner(
-        spacing_mm=2.2, slice_mm=9.0, blood=0.75, myocardium=0.4, noise_stddev=0.07, shading=0.25, gain=160.0
-    ),
-    "site-3": Scanner(
-        spacing_mm=1.8, slice_mm=8.0, blood=1.05, myocardium=0.25, noise_stddev=0.05, shading=0.5, gain=800.0
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,24 +81,25 @@ class Heart:
         }
 
 
-def write_demo_dataset(raw_root: Path, site: str, *, num_cases: int = 8, dimension: int = 3) -> Path:
+def write_demo_dataset(raw_root: Path, site: str, *, num_cases: int = 8, dataset: str = "demo") -> Path:
     """Write a site's phantoms in nnU-Net's raw format, unless they are there, and return the data set's folder.
 
     Args:
         raw_root: nnU-Net's raw data folder of this one site.
         site: Name of the site; decides the scanner and the hearts.
         num_cases: Number of phantoms.
-        dimension: 3 for MRI volumes (``.nii.gz``), 2 for ultrasound-like images (``.png``).
+        dataset: A key of ``DEMO_DATASETS``; volumes are ``.nii.gz``, images ``.png``.
 
     Raises:
         DatasetError: the folder holds phantoms of another site, or another number of them.
     """
-    folder = raw_root / DATASET_NAMES[dimension]
+    demo = DEMO_DATASETS[dataset]
+    folder = raw_root / demo.folder
     origin = {"site": site, "num_cases": num_cases}
     if not folder.exists():
         raw_root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=raw_root, prefix=".") as scratch:
-            _write(Path(scratch, folder.name), site, num_cases, dimension, origin)
+            _write(Path(scratch, folder.name), site, num_cases, demo, origin)
             try:
                 Path(scratch, folder.name).rename(folder)
             except OSError:  # another process of this site was faster
@@ -170,12 +117,13 @@ def write_demo_dataset(raw_root: Path, site: str, *, num_cases: int = 8, dimensi
     return folder
 
 
-def _write(folder: Path, site: str, num_cases: int, dimension: int, origin: dict[str, object]) -> None:
-    render, ending, channel = (_render_mri, ".nii.gz", "MRI") if dimension == 3 else (_render_ultrasound, ".png", "US")
+def _write(folder: Path, site: str, num_cases: int, demo: DemoDataset, origin: dict[str, object]) -> None:
+    kinds = {3: (_render_mri, ".nii.gz", "MRI"), 2: (_render_ultrasound, ".png", "US")}
+    render, ending, channel = kinds[demo.dimension]
     for sub_folder in ("imagesTr", "labelsTr"):
         (folder / sub_folder).mkdir(parents=True)
     for index in range(num_cases):
-        image, label = render(Scanner.of(site), np.random.default_rng([_seed(site), dimension, index]))
+        image, label = render(demo.scanner(site), np.random.default_rng([site_seed(site), demo.dimension, index]))
         SimpleITK.WriteImage(image, folder / "imagesTr" / f"phantom_{index:03d}_0000{ending}")
         SimpleITK.WriteImage(label, folder / "labelsTr" / f"phantom_{index:03d}{ending}")
     schema = DatasetSchema(channel_names={0: channel}, labels=LABELS, file_ending=ending, num_training=num_cases)
@@ -186,8 +134,8 @@ def _write(folder: Path, site: str, num_cases: int, dimension: int, origin: dict
 def _render_mri(scanner: Scanner, generator: np.random.Generator) -> tuple[SimpleITK.Image, SimpleITK.Image]:
     """A stack of bright-blood cine slices from base to apex, and its label map."""
     heart = Heart.draw(generator)
-    num_slices = int(np.clip(round(heart.length_mm / scanner.slice_mm), 9, 11))
-    size = round(FIELD_OF_VIEW_MM / scanner.spacing_mm)
+    num_slices = max(9, round(heart.length_mm / scanner.slice_mm))
+    size = round(scanner.field_of_view_mm / scanner.spacing_mm)
     fine = (np.arange(size * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - size / 2
     depth = (np.arange(num_slices)[:, None, None] + 0.5) / num_slices
     y, x = fine[None, :, None] * scanner.spacing_mm, fine[None, None, :] * scanner.spacing_mm
@@ -278,7 +226,3 @@ def _itk(array: np.ndarray, spacing_mm: tuple[float, ...]) -> SimpleITK.Image:
     image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing(spacing_mm)
     return image
-
-
-def _seed(site: str) -> int:
-    return int.from_bytes(hashlib.sha256(site.encode()).digest()[:8])

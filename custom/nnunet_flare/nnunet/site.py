@@ -16,13 +16,11 @@ from typing import Any
 
 from nnunet_flare.errors import ConfigError
 
-__all__ = ["DEMO_DATASETS", "HOME_VARIABLE", "SETTINGS_FILE", "SiteSettings", "state_home"]
+__all__ = ["HOME_VARIABLE", "SETTINGS_FILE", "SiteSettings", "state_home"]
 
 SETTINGS_FILE = "nnunet_flare.json"
 HOME_VARIABLE = "NNUNET_FLARE_HOME"
 SETTINGS_VARIABLE = "NNUNET_FLARE_SETTINGS"
-DEMO_DATASETS = {"demo": 3, "demo_2d": 2}
-"""Generated data sets -> their dimension."""
 _PATHS = ("home", "nnunet_raw", "nnunet_preprocessed")
 ROLES = ("train", "evaluate")
 DEVICES = ("auto", "cpu", "cuda", "mps")

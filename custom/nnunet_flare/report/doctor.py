@@ -20,7 +20,8 @@ from packaging.specifiers import SpecifierSet
 
 from nnunet_flare.errors import DatasetError
 from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
-from nnunet_flare.nnunet.site import DEMO_DATASETS, SETTINGS_FILE, SiteSettings
+from nnunet_flare.nnunet.demo import DEMO_DATASETS
+from nnunet_flare.nnunet.site import SETTINGS_FILE, SiteSettings
 from nnunet_flare.report.table import MAX_WIDTH
 from nnunet_flare.report.traffic import layer_bytes
 
