@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -48,11 +49,10 @@ ARTIFACTS = {
     "fingerprint": "dataset_fingerprint.json",
     "coverage": COVERAGE_FILE,
     "coverage picture": COVERAGE_PICTURE,
-    "curves": CURVES_FILE,
-    "metrics": JSON_FILE,
-    "table": CSV_FILE,
 }
 """Name -> path in the run's folder, of what may be there when a run ends."""
+RECORDS = {"curves": CURVES_FILE, "metrics": JSON_FILE, "table": CSV_FILE}
+"""Name -> path of what is there for each fold."""
 
 
 class FederatedTraining(Controller, ABC):
@@ -122,16 +122,30 @@ class FederatedTraining(Controller, ABC):
         identity = {name: value for name, value in self._config.to_json().items() if name != "stop_after"}
         identity |= self._sharing_config.to_json()
         self._run, self._settings = run, settings
-        if not (run.path / JSON_FILE).exists():
+        if not run.path.exists():
             self._pretrained()  # a new run with a misspelt checkpoint ends before it is one
         self._run_id = run.begin(identity)
-        self._folder = run.path
-        if (self._folder / JSON_FILE).exists():
-            self._history = RunHistory.load(self._folder)
+        self._folder, self._all_folds = run.path, self._config
+        for fold in self._config.folds:
+            self._enter(fold)
+            if not self._is_done():
+                return
+
+    def _enter(self, fold: int | str) -> None:
+        """Go to a fold: its place in the run's folder, and how far it is."""
+        name = self.run
+        if len(self._all_folds.folds) > 1:
+            name = f"{self.run}, fold {fold}"
+            self._run.enter_fold(fold)
+        self._config, self._record = self._all_folds.of_fold(fold), self._run.fold_path
+        if (self._record / JSON_FILE).exists():
+            self._history = RunHistory.load(self._record)
         else:
-            self._history = RunHistory(
-                run_name=self.run, run_id=self._run_id, num_rounds=self._config.num_rounds, started=time.time()
-            )
+            started, num_rounds = time.time(), self._config.num_rounds
+            self._history = RunHistory(run_name=name, run_id=self._run_id, num_rounds=num_rounds, started=started)
+
+    def _is_done(self) -> bool:
+        return self._history.phase == "done" and bool(self._history.final)
 
     def _fail(self, reason: str, detail: str) -> None:
         self.log_error(self._fl_ctx, f"{reason} {detail}".strip(), fire_event=False)
@@ -141,7 +155,7 @@ class FederatedTraining(Controller, ABC):
 
     def _note(self, **changes: Any) -> None:
         self._history = self._history.changed(**changes)
-        self._history.save(self._folder)
+        self._history.save(self._record)
 
     def _say(self, text: str) -> None:
         self.log_info(self._fl_ctx, text, fire_event=False)
@@ -164,29 +178,42 @@ class FederatedTraining(Controller, ABC):
         """Plans (or only their architecture) and ``dataset.json`` that a site's network is built from."""
 
     def _conduct(self) -> None:
-        stages = (*self._planning_phases(), ("preprocess", self._agree_on_layers))
-        if self._config.stop_after not in (None, *dict(stages)):
+        planning = self._planning_phases()
+        stages = [*dict(planning), "preprocess"]
+        if self._config.stop_after not in (None, *stages):
             raise ConfigError(
                 field="stop_after",
-                expected=f"one of {', '.join(dict(stages))}",
+                expected=f"one of {', '.join(stages)}",
                 found=self._config.stop_after,
                 remedy="correct the job's settings: this job has no such phase",
             )
         self._describe()
-        for stage, phase in stages:
+        for stage, phase in planning:
             self._note(phase=stage)
             phase()
-            if stage == self._config.stop_after:
-                self._note(phase="done")
-                self._say(f"stopped after {stage}, as the job says; without stop_after the run continues from here")
+            if self._stops_after(stage):
                 return
-        layers = self._train()
-        self._note(phase="validate")
-        self._export(layers)
-        self._validate(layers)
+        for fold in self._all_folds.folds:
+            self._enter(fold)
+            if self._is_done():
+                continue
+            self._note(phase="preprocess", error="")
+            self._agree_on_layers()
+            if self._stops_after("preprocess"):
+                return
+            layers = self._train()
+            self._note(phase="validate")
+            self._export(layers)
+            self._validate(layers)
+            self._note(phase="done")
+            self._say(f"done: {self._record}")
         self._run.finish()
-        self._note(phase="done")
-        self._say(f"done: {self._folder}")
+
+    def _stops_after(self, stage: str) -> bool:
+        if stage == self._config.stop_after:
+            self._note(phase="done")
+            self._say(f"stopped after {stage}, as the job says; without stop_after the run continues from here")
+        return stage == self._config.stop_after
 
     def _describe(self) -> None:
         """Who takes part, and whether their data and versions fit, before anything is computed."""
@@ -200,8 +227,8 @@ class FederatedTraining(Controller, ABC):
         self._schemas = {site: description.schema for site, description in described.items()}
         self._check_schemas()
         self._training_sites = [site for site, role in self._sites.items() if role == "train"]
-        self._start, self._sharing = self._run.load_global(), None
-        if self._start is not None:
+        self._sharing = None
+        if self._run.has_weights():
             self._sharing = Sharing.from_json(read_json(self._folder / SHARING_FILE))
         members = {*self._training_sites, *(self._sharing.networks if self._sharing else ())}
         self._min_sites = self._federation.min_sites or len(members)
@@ -214,6 +241,7 @@ class FederatedTraining(Controller, ABC):
 
     def _agree_on_layers(self) -> None:
         """Every site preprocesses and opens its training; what they share is settled once for the run."""
+        self._start = self._run.load_global()
         if self._start is None:
             self._process.start()  # imports torch while the sites preprocess
         replies = self._ask_every_site(protocol.LAYER_SIGNATURE)
@@ -315,7 +343,7 @@ class FederatedTraining(Controller, ABC):
         for round_number in range(first, self._config.num_rounds):
             layers, record = self._train_round(round_number, layers)
             self._history = self._history.with_round(record)
-            self._history.save(self._folder)
+            self._history.save(self._record)
             self._run.save_global(round_number + 1, layers)
             self._publish(record)
             self._say(self._history.progress_line(record))
@@ -373,9 +401,11 @@ class FederatedTraining(Controller, ABC):
 
     def _export(self, layers: Layers) -> None:
         """What the run leaves at the server; before any site's validation can fail."""
-        draw_learning_curves(self._history, self._folder / CURVES_FILE)
-        present = {name: path for name, path in ARTIFACTS.items() if (self._folder / path).exists()}
-        self._note(artifacts=present | {"tensorboard": "tensorboard"})  # which FLARE's receiver leaves at the end
+        draw_learning_curves(self._history, self._record / CURVES_FILE)
+        files = {name: self._record / path for name, path in RECORDS.items()}
+        files |= {name: self._folder / path for name, path in ARTIFACTS.items() if (self._folder / path).exists()}
+        files |= {"tensorboard": self._folder / "tensorboard"}  # FLARE's receiver closes its files after the job
+        self._note(artifacts={name: os.path.relpath(file, self._record) for name, file in files.items()})
 
     def _validate(self, layers: Layers) -> None:
         """Final sync: every site keeps the final model and scores it on its validation cases."""
@@ -448,8 +478,9 @@ class FederatedTraining(Controller, ABC):
         values = {f"dice/{site}": result.mean_dice for site, result in record.sites.items()}
         values |= {f"train_loss/{site}": result.train_loss for site, result in record.sites.items()}
         values |= {"dice/mean": record.mean_dice, "train_loss/mean": record.mean_train_loss}
+        prefix = f"fold_{self._config.fold}/" if len(self._all_folds.folds) > 1 else ""
         for tag, value in values.items():
-            dxo = create_analytic_dxo(tag, value, AnalyticsDataType.SCALAR, global_step=record.round)
+            dxo = create_analytic_dxo(prefix + tag, value, AnalyticsDataType.SCALAR, global_step=record.round)
             send_analytic_dxo(self, dxo, self._fl_ctx)
 
 

@@ -27,7 +27,7 @@ def draw_coverage(sharing: Sharing, file: Path) -> None:
     from matplotlib.patches import Patch
 
     sites = in_site_order(sharing.networks)
-    rows = list(dict.fromkeys(block for site in sites for block in blocks_of(sharing.networks[site])))
+    rows = list(dict.fromkeys(block_of(name) for site in sites for name in sharing.networks[site]))
     cohorts = sorted({block.sites for block in sharing.blocks}, key=lambda members: (-len(members), members))
     matrix = np.full((len(rows), len(sites)), ABSENT)
     for column, site in enumerate(sites):

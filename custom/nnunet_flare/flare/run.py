@@ -45,7 +45,7 @@ class RunFolder:
                 found=repr(name),
                 remedy="give the run another name",
             )
-        self.path = parent / "runs" / name
+        self.path = self.fold_path = parent / "runs" / name
         self._lock = FolderLock(parent / "runs" / ".locks" / name)
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class RunFolder:
         if manifest and not manifest["finished"]:
             if manifest["settings"] == settings:
                 return manifest["run_id"]
-            if self._global_files():
+            if self.has_weights():
                 self._refuse_other_settings(manifest["settings"], settings)
         return self._start(uuid.uuid4().hex, settings)
 
@@ -111,8 +111,16 @@ class RunFolder:
             site="server",
         )
 
+    def enter_fold(self, fold: int | str) -> None:
+        """Keep what belongs to one fold of several in a folder of its own."""
+        self.fold_path = self.path / f"fold_{fold}"
+
+    def has_weights(self) -> bool:
+        """True if the run, or a fold of it, has begun to train."""
+        return any(self.path.glob("state/global_*.npz")) or any(self.path.glob("fold_*/state/global_*.npz"))
+
     def _global_files(self) -> list[Path]:
-        return sorted(file for file in (self.path / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))
+        return sorted(file for file in (self.fold_path / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))
 
     def save_global(self, round_number: int, layers: Mapping[str, np.ndarray]) -> None:
         """Keep the weights that round ``round_number`` starts from; the two newest files stay."""
@@ -121,7 +129,7 @@ class RunFolder:
             with file.open("wb") as handle:
                 np.savez(handle, **layers)
 
-        write_atomically(self.path / "state" / f"global_{round_number:05d}.npz", write)
+        write_atomically(self.fold_path / "state" / f"global_{round_number:05d}.npz", write)
         for old in self._global_files()[:-_KEPT_GLOBALS]:
             old.unlink()
 

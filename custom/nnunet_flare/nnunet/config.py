@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nnunet_flare.errors import ConfigError
@@ -26,7 +26,16 @@ def _one_of(*allowed: object) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in allowed, "one of " + ", ".join(map(str, allowed))
 
 
-_FOLD = (lambda value: value == "all" or (type(value) is int and value >= 0), "0, 1, 2 ... or 'all'")
+def _fold(value: Any) -> bool:
+    return value == "all" or (type(value) is int and value >= 0)
+
+
+def _folds(value: Any) -> bool:
+    several = isinstance(value, list | tuple) and bool(value) and len({*map(str, value)}) == len(value)
+    return _fold(value) or (several and all(map(_fold, value)))
+
+
+_FOLD = (_folds, "0, 1, 2 ..., 'all', or a list of different ones")
 _COUNT = (_positive, "a positive integer")
 _OPTIONAL_COUNT = (lambda value: value is None or _positive(value), "a positive integer, or nothing")
 _NAME = (_text, "a name")
@@ -41,7 +50,7 @@ class TrainingConfig:
         configuration: ``2d``, ``3d_fullres`` or ``3d_lowres``.
         planner: Planner class, by nnU-Net's own lookup.
         trainer: Trainer class, by nnU-Net's own lookup.
-        fold: Fold of the site's own cross-validation split, or ``all``.
+        fold: Fold of the site's own cross-validation split, or ``all``; a list trains one after the other.
         num_rounds: Rounds of local training and averaging.
         epochs_per_round: Local epochs in a round; the learning rate falls over all epochs of all rounds.
         iterations_per_epoch: None is the trainer's own (250).
@@ -62,7 +71,7 @@ class TrainingConfig:
     configuration: str = "3d_fullres"
     planner: str = "ExperimentPlanner"
     trainer: str = "nnUNetTrainer"
-    fold: int | str = 0
+    fold: int | str | Sequence[int | str] = 0
     num_rounds: int = 100
     epochs_per_round: int = 1
     iterations_per_epoch: int | None = None
@@ -125,6 +134,14 @@ class TrainingConfig:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"plans_overrides": dict(self.plans_overrides)}
+
+    @property
+    def folds(self) -> tuple[int | str, ...]:
+        return tuple(self.fold) if isinstance(self.fold, list | tuple) else (self.fold,)
+
+    def of_fold(self, fold: int | str) -> TrainingConfig:
+        """These settings for one of the folds: what a site is asked to do."""
+        return replace(self, fold=fold)
 
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the defaults: what a job file states."""

@@ -15,10 +15,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.stepper import find_trainer, seed_everything, write_checkpoint
-from nnunet_flare.nnunet.weights import canonical_tensors, read_layers, write_layers
+from nnunet_flare.nnunet.weights import canonical_names, canonical_tensors, read_layers, write_layers
 from nnunet_flare.storage import write_json
 
-__all__ = ["export", "initial_layers"]
+__all__ = ["export", "initial_layers", "load_pretrained"]
 
 
 def _network(config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> torch.nn.Module:
@@ -46,40 +46,57 @@ def initial_layers(
 ) -> dict[str, np.ndarray]:
     """Canonical name -> float32 array: nnU-Net's own initialisation under the job's seed.
 
-    A pretrained nnU-Net checkpoint replaces every layer but the segmentation heads, as nnU-Net does it.
+    A pretrained nnU-Net checkpoint replaces every layer but the segmentation heads, as nnU-Net does it; where sites
+    plan for themselves, every such layer that fits.
 
     Args:
         config: The job's training settings.
         alignment: As for ``canonical_tensors``.
         plans: Full plans, or those of ``architecture_plans``.
         dataset_json: Channels and labels of the network.
-        pretrained: Checkpoint file, or None.
+        pretrained: Checkpoint file, or None (``load_pretrained``).
 
     Raises:
         ConfigError: the pretrained checkpoint is not readable, or its layers differ.
     """
-    if "patch_size" in plans["configurations"][config.configuration]:  # full plans: a model will be written of them
+    whole = "dataset_name" in plans  # else the server will never write a model of them
+    if whole:
         _mirroring_axes(config, plans)  # a trainer that cannot tell should end the job now, not after the last round
     seed_everything(config.seed, "initial weights")
     network = _network(config, plans, dataset_json)
     if pretrained is not None:
-        _load_pretrained(network, pretrained)
+        load_pretrained(network, pretrained, alignment=alignment, whole=whole, site="server")
     return read_layers(network, alignment=alignment)
 
 
-def _load_pretrained(network: torch.nn.Module, file: Path) -> None:
+def load_pretrained(network: torch.nn.Module, file: Path, *, alignment: str, whole: bool, site: str) -> None:
+    """Copy a nnU-Net checkpoint into a network: every layer of the same canonical name and shape but the heads.
+
+    Args:
+        network: Changed in place.
+        file: The checkpoint.
+        alignment: As for ``canonical_tensors``.
+        whole: Every layer but the heads must be there, as nnU-Net demands it; else one is enough.
+        site: Who holds the file, for the error.
+
+    Raises:
+        ConfigError: the checkpoint is not readable, or its layers do not fit.
+    """
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             weights = torch.load(file, map_location="cpu", weights_only=True)["network_weights"]
+        canonical = canonical_names(weights, alignment=alignment)
+        weights = {canonical[name]: tensor.float().numpy() for name, tensor in weights.items()}
     except Exception as error:  # torch raises many things for a file that is not its own
-        raise _pretrained_error(file, "a readable nnU-Net checkpoint", type(error).__name__) from error
-    tensors = {name: tensor for name, tensor in canonical_tensors(network).items() if ".seg_layers." not in name}
-    differing = [name for name, tensor in tensors.items() if name not in weights or weights[name].shape != tensor.shape]
-    if differing:
-        raise _pretrained_error(
-            file, "the layers of the planned network", f"{len(differing)} missing or of another shape"
-        )
-    write_layers(network, {name: weights[name].float().numpy() for name in tensors})
+        raise _pretrained_error(file, "a readable nnU-Net checkpoint", type(error).__name__, site) from error
+    tensors = canonical_tensors(network, alignment=alignment)
+    body = {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".seg_layers." not in name}
+    fitting = {name: weights[name] for name, shape in body.items() if name in weights and weights[name].shape == shape}
+    if not fitting or (whole and len(fitting) < len(body)):
+        expected = "the layers of the planned network" if whole else "layers of the planned network"
+        raise _pretrained_error(file, expected, f"{len(fitting)} of {len(body)} that fit", site)
+    write_layers(network, fitting, alignment=alignment)
+    print(f"pretrained {file.name}: {len(fitting)} of {len(body)} layers")
 
 
 _NUMPY_SCALARS = [
@@ -90,13 +107,13 @@ _NUMPY_SCALARS = [
 """nnU-Net's checkpoints hold NumPy scalars, which ``weights_only`` refuses unless they are named."""
 
 
-def _pretrained_error(file: Path, expected: str, found: str) -> ConfigError:
+def _pretrained_error(file: Path, expected: str, found: str, site: str) -> ConfigError:
     return ConfigError(
         field=f"pretrained {file.name}",
         expected=expected,
         found=found,
-        remedy="put a checkpoint of the same plans into the server's pretrained folder, or leave the setting out",
-        site="server",
+        remedy="name a checkpoint of such a network, or leave the setting out",
+        site=site,
     )
 
 

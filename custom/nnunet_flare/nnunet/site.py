@@ -21,7 +21,7 @@ __all__ = ["HOME_VARIABLE", "SETTINGS_FILE", "SiteSettings", "state_home"]
 SETTINGS_FILE = "nnunet_flare.json"
 HOME_VARIABLE = "NNUNET_FLARE_HOME"
 SETTINGS_VARIABLE = "NNUNET_FLARE_SETTINGS"
-_PATHS = ("home", "nnunet_raw", "nnunet_preprocessed")
+_PATHS = ("home", "nnunet_raw", "nnunet_preprocessed", "pretrained")
 ROLES = ("train", "evaluate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -49,6 +49,7 @@ class SiteSettings:
         num_augmentation_processes: Augmentation workers; None is 0 on CPU and nnU-Net's choice on GPU.
         num_threads: Threads of torch; None divides the machine's cores by the clients that run on it.
         plans_overrides: Keys of the trained configuration in the plans to replace, such as ``batch_size``.
+        pretrained: nnU-Net checkpoint that the layers which this site does not share start from.
     """
 
     site: str
@@ -63,6 +64,7 @@ class SiteSettings:
     num_augmentation_processes: int | None = None
     num_threads: int | None = None
     plans_overrides: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: Path | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("role", self.role, ROLES), ("device", self.device, DEVICES)):

@@ -15,6 +15,7 @@ from nnunet_flare.aggregation.network import Layer
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.evaluate import foreground_labels
+from nnunet_flare.nnunet.model import load_pretrained
 from nnunet_flare.nnunet.preprocess import fold_cases
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.nnunet.stepper import RoundSchedule, Score, TrainerStepper, find_trainer
@@ -29,14 +30,14 @@ _KEPT_CHECKPOINTS = 2
 
 
 class SiteTraining:
-    """The open training of one site, and its checkpoints: ``<run>/checkpoints/round_00007.pt`` is its state after
-    round 7 (counted from 0). The last two are kept."""
+    """The open training of one site, and its checkpoints: ``<run>/checkpoints/fold_0/round_00007.pt`` is its
+    state after round 7 (counted from 0). The last two are kept."""
 
     def __init__(
         self, key: str, site: SiteSettings, config: TrainingConfig, alignment: str, run: Path, preprocessed: Path
     ) -> None:
         self.key, self.config, self._alignment = key, config, alignment
-        self._site, self._checkpoints = site, run / "checkpoints"
+        self._site, self._checkpoints = site, run / "checkpoints" / f"fold_{config.fold}"
         self.environment = {
             "nnUNet_raw": str(site.raw_root),
             "nnUNet_preprocessed": str(preprocessed),
@@ -71,6 +72,9 @@ class SiteTraining:
             seed_parts=(config.seed, self._site.site),
             alignment=self._alignment,
         )
+        if self._site.pretrained:
+            file, site = self._site.pretrained, self._site.site
+            load_pretrained(self.stepper.network, file, alignment=self._alignment, whole=False, site=site)
         self._last_round: int | None = None
 
     def resume(self, round_number: int) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from nnunet_flare.flare.history import PHASES, RoundRecord, RunHistory, duration_text, in_site_order
+from nnunet_flare.flare.history import JSON_FILE, PHASES, RoundRecord, RunHistory, duration_text, in_site_order
 from nnunet_flare.report.table import MAX_WIDTH, artifact_lines, final_table, score_text, table_lines
 
 __all__ = ["status_text"]
@@ -18,11 +18,16 @@ _ENDS = ("done", "failed")
 def status_text(run_folder: Path) -> str:
     """Phase, rounds, the sites' latest scores, missing sites, the error or the final table, and the artifacts.
 
+    Of a run over several folds, one fold after the other.
+
     At most 100 columns wide, paths aside.
 
     Raises:
         StateError: ``run_folder`` holds no record of a run.
     """
+    folds = sorted(run_folder.glob(f"fold_*/{JSON_FILE}"))
+    if folds and not (run_folder / JSON_FILE).exists():
+        return "\n\n\n".join(status_text(file.parent) for file in folds)
     history = RunHistory.load(run_folder)
     facts = {"run": f"{history.run_name} ({history.run_id})", "phase": _phase(history)}
     facts["rounds done"] = f"{len(history.rounds)} of {history.num_rounds}"
