@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from nnunet_flare.aggregation.sharing import Sharing
 from nnunet_flare.flare.asym import AsymFedAvgController
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.protocol import TRAIN
+from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.storage import read_json
 
 SITES = ("site-1", "site-2", "site-3")
@@ -44,6 +49,18 @@ def mixed(home: Path, mixed_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def run_of(home: Path, run: str) -> Path:
     return home / "server" / "runs" / run
+
+
+def own_copy(home: Path, site: str) -> None:
+    """Give the site raw data that a test may change."""
+    shared = (home / site / "nnUNet_raw").resolve()
+    (home / site / "nnUNet_raw").unlink()
+    shutil.copytree(shared, home / site / "nnUNet_raw")
+
+
+def edit_dataset(home: Path, site: str, **values: object) -> None:
+    file = home / site / "nnUNet_raw" / "Dataset902_DemoMixed" / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def model_of(home: Path, site: str, run: str) -> Path:
@@ -90,3 +107,70 @@ def test_a_layer_that_is_not_shared_is_nowhere_in_what_left_the_site(mixed: Path
             assert name.encode() not in b"".join(
                 reply for sender, task, _, reply in federation.sent if sender == site and task == TRAIN
             )
+
+
+def test_a_site_whose_child_is_killed_misses_that_round_and_is_back_in_the_next(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    call = NNUNetProcess.call
+
+    def killed_in_round_3(self, command, arguments, layers=None, **others):
+        if command == "train" and (arguments["round_number"], arguments["settings"]["site"]) == (2, "site-2"):
+            others["progress"] = lambda *step: os.kill(self._process.pid, signal.SIGKILL)
+        return call(self, command, arguments, layers, **others)
+
+    monkeypatch.setattr(NNUNetProcess, "call", killed_in_round_3)
+    federation = Loopback(tmp_path, SITES)
+    short = MIXED | {"num_rounds": 6, "iterations_per_epoch": 3}
+    federation.run("killed", short, federation={"min_sites": 2}, kind=AsymFedAvgController)
+    assert federation.panics == []
+    history = RunHistory.load(run_of(mixed, "killed"))
+    assert history.phase == "done"
+    assert [sorted(record.sites) for record in history.rounds] == [
+        [site for site in SITES if (site, record.round) != ("site-2", 3)] for record in history.rounds
+    ]
+    assert [set(record.missing) for record in history.rounds] == [set(), set(), {"site-2"}, set(), set(), set()]
+    assert "signal 9" in history.rounds[2].missing["site-2"]
+    assert set(history.final) == set(SITES)
+    assert all(0 <= site.foreground.dsc <= 1 for site in history.final.values())
+
+
+def test_sites_with_equal_shapes_but_other_label_numbers_are_refused(mixed: Path, tmp_path: Path):
+    own_copy(mixed, "site-2")
+    edit_dataset(mixed, "site-2", labels={"background": 0, "MYO": 1, "RV": 2, "LV": 3})
+    federation = Loopback(tmp_path, SITES)
+    federation.run("labels", MIXED, kind=AsymFedAvgController)
+    assert len(federation.panics) == 1
+    assert "site-2: dataset.json: labels: MYO: expected 2 as at site-1, found 1" in federation.panics[0]
+
+
+def test_a_site_with_its_own_labels_keeps_its_heads(mixed: Path, tmp_path: Path):
+    own_copy(mixed, "site-2")
+    edit_dataset(mixed, "site-2", labels={"background": 0, "RV": 1, "MYO": 2, "scar": 3})
+    federation = Loopback(tmp_path, SITES)
+    settings = MIXED | {"stop_after": "preprocess"}
+    federation.run("own", settings, sharing={"sharing": "cohort"}, kind=AsymFedAvgController)
+    assert federation.panics == []
+    sharing = Sharing.from_json(read_json(run_of(mixed, "own") / "sharing.json"))
+    heads = {site: {name for name in sharing.names_of(site) if "seg_layers" in name} for site in SITES}
+    assert heads["site-1"]
+    assert heads["site-1"] & heads["site-3"]
+    assert not heads["site-2"]
+
+
+@pytest.mark.parametrize(
+    ("sharing", "expected"),
+    [
+        ({"min_overlap": 0.95}, "shared layers: expected at least 95%"),
+        ({"keep_local": ["bottleneck"]}, "keep_local: .*'bottleneck', which fits none"),
+        ({"keep_local": [r"^encoder", "^decoder"]}, r"shared layers: expected .*found 0\.0%"),
+    ],
+)
+def test_sharing_that_cannot_work_ends_the_job_before_the_first_round(mixed, tmp_path, sharing, expected):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("wrong", MIXED, sharing=sharing, kind=AsymFedAvgController)
+    assert len(federation.panics) == 1
+    assert re.search(expected, federation.panics[0])
+    assert TRAIN not in {task for _, task, _, _ in federation.sent}
+    federation.run("wrong", MIXED | {"num_rounds": 1, "stop_after": "preprocess"}, kind=AsymFedAvgController)
+    assert federation.panics == []  # nothing stands in the way of another try
