@@ -15,6 +15,7 @@ from nvflare.apis.dxo import from_shareable
 from nvflare.fuel.utils import fobs
 
 from conftest import TINY_TRAINING
+from inline import run_inline
 from loopback import Loopback
 from nnunet_flare.aggregation.sharing import Sharing
 from nnunet_flare.flare.asym import AsymFedAvgController
@@ -49,6 +50,17 @@ def mixed(home: Path, mixed_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def run_of(home: Path, run: str) -> Path:
     return home / "server" / "runs" / run
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_inline(monkeypatch)
+
+
+def settings_of(site: str, folder: Path, **settings: object) -> None:
+    local = folder / site / "local"
+    local.mkdir(parents=True, exist_ok=True)
+    (local / "nnunet_flare.json").write_text(json.dumps(settings))
 
 
 def own_copy(home: Path, site: str) -> None:
@@ -135,7 +147,7 @@ def test_a_site_whose_child_is_killed_misses_that_round_and_is_back_in_the_next(
     assert all(0 <= site.foreground.dsc <= 1 for site in history.final.values())
 
 
-def test_sites_with_equal_shapes_but_other_label_numbers_are_refused(mixed: Path, tmp_path: Path):
+def test_sites_with_equal_shapes_but_other_label_numbers_are_refused(mixed: Path, tmp_path: Path, inline: None):
     own_copy(mixed, "site-2")
     edit_dataset(mixed, "site-2", labels={"background": 0, "MYO": 1, "RV": 2, "LV": 3})
     federation = Loopback(tmp_path, SITES)
@@ -144,7 +156,7 @@ def test_sites_with_equal_shapes_but_other_label_numbers_are_refused(mixed: Path
     assert "site-2: dataset.json: labels: MYO: expected 2 as at site-1, found 1" in federation.panics[0]
 
 
-def test_a_site_with_its_own_labels_keeps_its_heads(mixed: Path, tmp_path: Path):
+def test_a_site_with_its_own_labels_keeps_its_heads(mixed: Path, tmp_path: Path, inline: None):
     own_copy(mixed, "site-2")
     edit_dataset(mixed, "site-2", labels={"background": 0, "RV": 1, "MYO": 2, "scar": 3})
     federation = Loopback(tmp_path, SITES)
@@ -158,19 +170,70 @@ def test_a_site_with_its_own_labels_keeps_its_heads(mixed: Path, tmp_path: Path)
     assert not heads["site-2"]
 
 
-@pytest.mark.parametrize(
-    ("sharing", "expected"),
-    [
-        ({"min_overlap": 0.95}, "shared layers: expected at least 95%"),
-        ({"keep_local": ["bottleneck"]}, "keep_local: .*'bottleneck', which fits none"),
-        ({"keep_local": [r"^encoder", "^decoder"]}, r"shared layers: expected .*found 0\.0%"),
-    ],
-)
-def test_sharing_that_cannot_work_ends_the_job_before_the_first_round(mixed, tmp_path, sharing, expected):
+def test_too_little_in_common_ends_the_job_before_the_first_round(mixed: Path, tmp_path: Path, inline: None):
     federation = Loopback(tmp_path, SITES)
-    federation.run("wrong", MIXED, sharing=sharing, kind=AsymFedAvgController)
+    federation.run("little", MIXED, sharing={"min_overlap": 0.95}, kind=AsymFedAvgController)
     assert len(federation.panics) == 1
-    assert re.search(expected, federation.panics[0])
+    assert "site-1: shared layers: expected at least 95%" in federation.panics[0]
     assert TRAIN not in {task for _, task, _, _ in federation.sent}
-    federation.run("wrong", MIXED | {"num_rounds": 1, "stop_after": "preprocess"}, kind=AsymFedAvgController)
+    federation.run("little", MIXED | {"stop_after": "preprocess"}, kind=AsymFedAvgController)
     assert federation.panics == []  # nothing stands in the way of another try
+
+
+def test_a_phase_that_the_job_does_not_have_is_no_place_to_stop(mixed: Path, tmp_path: Path, inline: None):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("stop", MIXED | {"stop_after": "fingerprint"}, kind=AsymFedAvgController)
+    assert "stop_after: expected one of plan, preprocess, found fingerprint" in federation.panics[0]
+
+
+def test_a_round_with_too_few_replies_ends_the_job_and_a_new_submission_goes_on(
+    mixed: Path, tmp_path: Path, inline: None
+):
+    rounds = []
+
+    def silent(site, task, reply):
+        rounds.append((site, task))
+        late = task == TRAIN and site != "site-1" and rounds.count((site, task)) == 2
+        return None if late else reply
+
+    federation = Loopback(tmp_path, SITES, silent)
+    training = MIXED | {"num_rounds": 3}
+    federation.run("few", training, federation={"min_sites": 2}, kind=AsymFedAvgController)
+    assert len(federation.panics) == 1
+    for part in ("updates in round 2", "expected at least 2", "site-2", "site-3", "submit again"):
+        assert part in federation.panics[0]
+    federation.run("few", training, federation={"min_sites": 2}, kind=AsymFedAvgController)
+    assert federation.panics == []
+    history = RunHistory.load(run_of(mixed, "few"))
+    assert [record.round for record in history.rounds] == [1, 2, 3]
+    assert rounds.count(("site-1", TRAIN)) == 4  # round 1 was not repeated
+
+
+def test_a_site_that_returns_with_another_network_is_refused(mixed: Path, tmp_path: Path, inline: None):
+    def absent(site, task, reply):
+        return None if task == TRAIN else reply
+
+    federation = Loopback(tmp_path, SITES, absent)
+    federation.run("changed", MIXED, kind=AsymFedAvgController)
+    assert "updates in round 1" in federation.panics[0]
+    (mixed / "site-2" / "runs" / "changed" / "plans.json").unlink()
+    settings_of("site-2", tmp_path, plans_overrides={"architecture.arch_kwargs.n_conv_per_stage": [1, 1, 1]})
+    federation.run("changed", MIXED, kind=AsymFedAvgController)
+    assert re.search(r"site-2: layer .*\(as when the run started\), found no such layer", federation.panics[0])
+
+
+def test_a_site_that_was_not_there_at_the_start_joins_at_the_next_submission(mixed: Path, tmp_path: Path, inline: None):
+    def until_round_2(site, task, reply):
+        return None if task == TRAIN and sum(sent[1] == TRAIN for sent in federation.sent) > 2 else reply
+
+    federation = Loopback(tmp_path, SITES[:2], until_round_2)
+    training = MIXED | {"num_rounds": 2}
+    federation.run("late", training, kind=AsymFedAvgController)
+    assert "updates in round 2" in federation.panics[0]
+    federation.sites, federation.tamper = SITES, lambda site, task, reply: reply
+    federation.run("late", training, kind=AsymFedAvgController)
+    assert federation.panics == []
+    history = RunHistory.load(run_of(mixed, "late"))
+    assert [sorted(record.sites) for record in history.rounds] == [["site-1", "site-2"], ["site-1", "site-2", "site-3"]]
+    sharing = Sharing.from_json(read_json(run_of(mixed, "late") / "sharing.json"))
+    assert sharing.names_of("site-3")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,57 +20,17 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.fuel.utils import fobs
 
 from conftest import TINY_TRAINING
+from inline import run_inline
 from loopback import Loopback
 from nnunet_flare.cli import main
-from nnunet_flare.errors import ConfigError, error_from_reply
-from nnunet_flare.flare.executor import NNUNetExecutor
+from nnunet_flare.errors import ConfigError
 from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.history import RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import DESCRIBE, EXTRACT_FINGERPRINT, TRAIN, Message, read_message
-from nnunet_flare.nnunet.commands import Commands
-from nnunet_flare.nnunet.worker import _answer
 
 SITES = ("site-1", "site-2")
 DATASET = "Dataset900_Demo"
 UP_TO_PLAN = TINY_TRAINING | {"stop_after": "plan"}
-
-
-class InlineProcess:
-    """``NNUNetProcess`` without a process: the real commands and the worker's answers, one at a time, in this one.
-
-    What the process itself adds is tested in test_process.py; here it would cost each site its imports.
-    """
-
-    turn = threading.RLock()
-
-    def __init__(self, *, log_file: Path, num_threads: int) -> None:
-        self._environment: dict[str, str] = {}
-        self.close()
-
-    def start(self) -> None: ...
-
-    def close(self) -> None:
-        self._commands = Commands(lambda what, done, total: None)
-
-    def call(self, command, arguments, layers=None, *, cancelled=None, progress=None):
-        with self.turn, mock.patch.dict(os.environ, self._environment):
-            content, answer = _answer(self._commands, command, json.loads(json.dumps(arguments)), layers or {})
-            self._environment = dict(os.environ)
-        if "error" in content:
-            raise error_from_reply(content["error"])
-        return content, answer
-
-
-def run_inline(patch: pytest.MonkeyPatch) -> None:
-    for module in ("controller", "executor"):
-        patch.setattr(f"nnunet_flare.flare.{module}.NNUNetProcess", InlineProcess)
-    execute = NNUNetExecutor.execute
-
-    def execute_in_turn(*arguments):
-        with InlineProcess.turn:  # sites share this process's environment
-            return execute(*arguments)
-
-    patch.setattr(NNUNetExecutor, "execute", execute_in_turn)
 
 
 @pytest.fixture(autouse=True)
