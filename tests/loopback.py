@@ -100,7 +100,13 @@ class Loopback:
         local.mkdir(parents=True, exist_ok=True)
         workspace = SimpleNamespace(get_site_config_dir=lambda: str(local))
         clients = [Client(site, "") for site in self.sites]
-        engine = SimpleNamespace(get_workspace=lambda: workspace, get_clients=lambda: clients, fire_event=self._hear)
+        cell = SimpleNamespace(decode_pass_through_topics=set())
+        engine = SimpleNamespace(
+            get_workspace=lambda: workspace,
+            get_clients=lambda: clients,
+            server=SimpleNamespace(command_agent=SimpleNamespace(cell=cell)),
+            fire_event=self._hear,
+        )
         context = FLContext()
         context.set_prop(ReservedKey.ENGINE, engine, private=True, sticky=False)
         context.set_prop(ReservedKey.IDENTITY_NAME, name, private=False, sticky=False)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task, TaskCompletionStatus
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import ReturnCode, ServerCommandNames
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
-from nvflare.apis.shareable import make_reply
+from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.apis.utils.task_utils import materialize_lazy_download_refs
+from nvflare.fuel.f3.cellnet.cell import Cell
+from nvflare.fuel.f3.cellnet.defs import CellChannel
 
 from nnunet_flare.errors import NNUNetFlareError, ParticipationError
 from nnunet_flare.flare.protocol import Message, read_message
@@ -22,6 +29,7 @@ from nnunet_flare.flare.protocol import Message, read_message
 __all__ = ["Participation", "RunStoppedError", "ask_sites"]
 
 _POLL_SECONDS = 0.1
+_REPLIES_IN_MEMORY = 4
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 1024 * 1024
 
 
@@ -48,7 +56,9 @@ def ask_sites(
 ) -> Participation:
     """Send each site its own request and hand each reply on as it arrives, one at a time.
 
-    FLARE's ``broadcast`` would give every site the first site's payload; one ``send`` per site does not.
+    FLARE's ``broadcast`` would give every site the first site's payload; one ``send`` per site does not. Replies come
+    without their layers, which are fetched for at most ``_REPLIES_IN_MEMORY`` sites at once: left alone, FLARE fetches
+    all of them as they come, and ends the job when one such transfer fails.
 
     Args:
         requests: Site -> task name and message.
@@ -61,25 +71,40 @@ def ask_sites(
     _free_arrays_at_once()
     outcome = Participation()
     started = time.monotonic()
+    cell = fl_ctx.get_engine().server.command_agent.cell  # the job's; in the simulator get_cell() is another one
+    cell.decode_pass_through_topics.add((CellChannel.SERVER_COMMAND, ServerCommandNames.SUBMIT_UPDATE))
+    give_up = Signal(parent=abort_signal)
+    accepting = threading.Lock()
 
-    def receive(client_task: ClientTask, fl_ctx: FLContext) -> None:
-        site = client_task.client.name
+    def take(site: str, reply: Shareable) -> None:
         try:
-            accept(site, read_message(client_task.result, sender=site))
+            message = read_message(reply, sender=site, fetch=partial(_fetch, cell=cell, site=site, give_up=give_up))
+            with accepting:
+                accept(site, message)
             outcome.seconds[site] = time.monotonic() - started
         except NNUNetFlareError as error:
             error.site = site
             outcome.failures[site] = error
-        client_task.result = make_reply(ReturnCode.OK)  # the layers must not stay until the task is cleared away
 
-    tasks = {}
-    for site, (name, message) in requests.items():
-        tasks[site] = Task(name=name, data=message.to_shareable(), timeout=timeout_s, result_received_cb=receive)
-        controller.send(tasks[site], fl_ctx, targets=[site])
-    while any(task.completion_status is None for task in tasks.values()):
-        if abort_signal.triggered:
-            raise RunStoppedError
-        time.sleep(_POLL_SECONDS)
+    def receive(client_task: ClientTask, fl_ctx: FLContext) -> None:
+        # FLARE calls this under locks that every request of every site needs: one slow transfer would stop them all
+        taken.append(pool.submit(take, client_task.client.name, client_task.result))
+        client_task.result = make_reply(ReturnCode.OK)
+
+    tasks: dict[str, Task] = {}
+    taken: list[Future[None]] = []
+    with ThreadPoolExecutor(_REPLIES_IN_MEMORY) as pool:
+        for site, (name, message) in requests.items():
+            tasks[site] = Task(name=name, data=message.to_shareable(), timeout=timeout_s, result_received_cb=receive)
+            controller.send(tasks[site], fl_ctx, targets=[site])
+        while any(task.completion_status is None for task in tasks.values()) or not all(done.done() for done in taken):
+            if abort_signal.triggered:
+                raise RunStoppedError
+            if time.monotonic() - started > timeout_s:
+                give_up.trigger(True)
+            time.sleep(_POLL_SECONDS)
+    for done in taken:
+        done.result()  # raises what no site is to blame for
     for site, task in tasks.items():
         task.data = task.result_received_cb = None  # FLARE's tasks sit in reference cycles and would keep the layers
         if site not in outcome.seconds and site not in outcome.failures:
@@ -96,6 +121,20 @@ def _free_arrays_at_once() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
+def _fetch(layers: dict[str, Any], *, cell: Cell, site: str, give_up: Signal) -> dict[str, Any]:
+    try:
+        return materialize_lazy_download_refs(layers, cell, give_up)
+    except Exception as error:  # whatever FLARE raises, and whatever the site sent
+        raise ParticipationError(
+            field="layers",
+            expected="the layers that the site announced",
+            found=f"a broken transfer ({type(error).__name__})",
+            remedy="see whether the site is connected; it takes part in the next round again",
+            site=site,
+            local_detail=str(error),
+        ) from error
 
 
 def _silent(site: str, task_name: str, status: TaskCompletionStatus, timeout_s: int) -> ParticipationError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
+from nvflare.fuel.utils.fobs import FOBSContextKey
 
 from nnunet_flare.errors import NNUNetFlareError, StateError, WorkerError
 from nnunet_flare.flare import protocol
@@ -37,6 +39,7 @@ __all__ = ["NNUNetExecutor"]
 LOG_FILE = "nnunet.log"
 VERSIONED = ("nnunet-flare", "nnunetv2", "torch")
 _BAR_SECONDS = 10.0
+_FETCH_SECONDS = 120.0
 
 
 class NNUNetExecutor(Executor):
@@ -51,6 +54,7 @@ class NNUNetExecutor(Executor):
         super().__init__()
         self._process: NNUNetProcess | None = None
         self._run: RunFolder | None = None
+        self._layers_sent, self._fetched = False, threading.Event()
         self._tasks: Mapping[str, Callable[[Message, Calls], Message]] = {
             protocol.DESCRIBE: self._describe,
             protocol.EXTRACT_FINGERPRINT: self._extract_fingerprint,
@@ -63,7 +67,16 @@ class NNUNetExecutor(Executor):
         }
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.END_RUN:
+        # The server fetches the layers after it has the reply; FLARE's simulator may end this process before that.
+        waits = self._layers_sent and fl_ctx.get_prop(FLContextKey.SIMULATE_MODE)
+        if event_type == EventType.BEFORE_SEND_TASK_RESULT and waits:
+            self._fetched.clear()
+            fl_ctx.get_engine().get_cell().update_fobs_context(
+                {FOBSContextKey.DOWNLOAD_COMPLETE_CB: lambda *_: self._fetched.set()}
+            )
+        elif event_type == EventType.AFTER_SEND_TASK_RESULT and waits:
+            self._fetched.wait(_FETCH_SECONDS)
+        elif event_type == EventType.END_RUN:
             self._close()
 
     def _close(self) -> None:
@@ -85,6 +98,7 @@ class NNUNetExecutor(Executor):
             reply = self._report(error, error.local_detail, fl_ctx)
         except Exception as error:  # the boundary between this site and the federation
             reply = self._report(_unexpected(task_name, error, site), traceback.format_exc(), fl_ctx)
+        self._layers_sent = bool(reply.layers)
         return reply.to_shareable()
 
     def _report(self, error: NNUNetFlareError, detail: str, fl_ctx: FLContext) -> Message:

@@ -8,7 +8,7 @@ that FLARE can carry, gets past this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,8 +71,13 @@ class Message:
         return DXO(kind, data=dict(self.layers), meta={_TEXT: text}).to_shareable()
 
 
-def read_message(shareable: Shareable, *, sender: str) -> Message:
+def read_message(
+    shareable: Shareable, *, sender: str, fetch: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> Message:
     """Check and cast what FLARE delivered.
+
+    Args:
+        fetch: Replaces what FLARE delivered in the place of the arrays by the arrays.
 
     Raises:
         NNUNetFlareError: the error that the sender reported.
@@ -97,6 +102,7 @@ def read_message(shareable: Shareable, *, sender: str) -> Message:
         raise _foreign(type(error).__name__, sender) from error
     if not isinstance(content, dict):
         raise _foreign(type(content).__name__, sender)
+    layers = fetch(dict(layers))  # a copy, for FLARE keeps hold of the shareable
     # FLARE delivers an array without axes as a NumPy scalar.
     layers = {name: np.asarray(array) if isinstance(array, np.floating) else array for name, array in layers.items()}
     for name, array in layers.items():
