@@ -1,11 +1,12 @@
-"""Local-only, FFE and centralised nnU-Net on real cases split over unlike hospitals, at equal iterations.
+"""Local-only, FFE, asymmetric and centralised nnU-Net on real cases split over unlike hospitals.
 
     python benchmarks/real_data.py IMAGES LABELS --work /tmp/hippocampus
 
 IMAGES and LABELS hold files of equal names (for example the hippocampus task of the Medical Segmentation Decathlon).
-120 of the cases go to three sites: one as they are, one with 2 mm slices, one at 1.5 mm. Every model is scored on
-every site's validation cases (fold 0 of the site; the centralised fold is the union of the sites'). Each run continues
-where it stopped when the command is given again.
+120 of the cases go to three sites: one as they are, one with 2 mm slices, one at 1.5 mm. The first table scores every
+whole model on every site's validation cases (fold 0 of the site; the centralised fold is the union of the sites'); the
+second scores what each site ends with on its own. All train for the same iterations at each site; the centralised
+model also for as many as the three sites together. Each run continues where it stopped when the command is given again.
 """
 
 from __future__ import annotations
@@ -15,20 +16,30 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from nvflare.recipe.spec import Recipe
 
+from nnunet_flare.aggregation.sharing import SharingConfig
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.nnunet.assignment import FractionAssignment
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.metrics import mean_metrics, segmentation_metrics
 from nnunet_flare.nnunet.site import SETTINGS_FILE, SETTINGS_VARIABLE
 from nnunet_flare.nnunet.split import split_dataset
-from nnunet_flare.recipe import FFERecipe
+from nnunet_flare.recipe import AsymFedAvgRecipe, FFERecipe
 
 SITES = ("site-1", "site-2", "site-3")
 SPACING_MM = {"site-2": (1.0, 1.0, 2.0), "site-3": (1.5, 1.5, 1.5)}
+ASYMMETRIC = {
+    "common-name": SharingConfig(alignment="name"),
+    "common-resolution": SharingConfig(),
+    "cohort": SharingConfig(sharing="cohort"),
+}
 LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 
 
@@ -47,12 +58,17 @@ def main() -> None:
         num_foreground_voxels=10_000_000,
         plans_overrides={"batch_size": options.batch_size} if options.batch_size else {},
     )
-    _run("ffe", SITES, training, work)
     for site in SITES:
-        _run(f"local-{site}", (site,), training, work)
+        _run(f"local-{site}", (site,), FFERecipe, work, training=training)
+    _run("ffe", SITES, FFERecipe, work, training=training)
+    for name, sharing in ASYMMETRIC.items():
+        _run(name, SITES, AsymFedAvgRecipe, work, training=training, sharing=sharing)
     _pool(data, work)
-    _run("centralised", ("central",), training, work)
-    _print_table(work, data)
+    _run("centralised", ("central",), FFERecipe, work, training=training)
+    as_long = replace(training, num_rounds=len(SITES) * training.num_rounds)
+    _run("centralised-long", ("central",), FFERecipe, work, training=as_long)
+    _print_own(work)
+    _print_whole(work, data)
 
 
 def _options() -> argparse.Namespace:
@@ -83,11 +99,11 @@ def _split(options: argparse.Namespace, data: Path) -> None:
     )
 
 
-def _run(name: str, sites: tuple[str, ...], training: TrainingConfig, work: Path) -> None:
+def _run(name: str, sites: tuple[str, ...], recipe: type[Recipe], work: Path, **settings: Any) -> None:
     folder = work / "home" / "server" / "runs" / name
     if (folder / "metrics.json").exists() and RunHistory.load(folder).phase == "done":
         return
-    FFERecipe(name=name, training=training).export(str(work / "jobs"))
+    recipe(name=name, **settings).export(str(work / "jobs"))
     command = ["nvflare", "simulator", str(work / "jobs" / name), "-w", str(work / "simulator" / name)]
     command += ["-c", ",".join(sites), "-t", str(len(sites)), "-l", "concise"]
     executable = Path(sys.executable).with_name(command[0])
@@ -125,15 +141,33 @@ def _site_splits(work: Path, site: str) -> list[dict[str, list[str]]]:
     return json.loads(file.read_text())
 
 
-def _print_table(work: Path, data: Path) -> None:
-    models = {"local " + site: f"local-{site}" for site in SITES} | {"FFE": "ffe", "centralised": "centralised"}
-    print(
-        f"{'model':<14}" + "".join(f"{site + ' DSC':>12}{'HD95':>7}" for site in SITES) + f"{'mean DSC':>12}{'HD95':>7}"
+def _print_own(work: Path) -> None:
+    """What each site's validation of its own final model gave."""
+    runs = {"local": "local-{}", **{name: name for name in ASYMMETRIC}, "FFE": "ffe"}
+    _print_table(
+        "each site's own model on its own cases",
+        {label: [_own(work, run.format(site), site) for site in SITES] for label, run in runs.items()},
     )
-    for label, run in models.items():
-        scores = [_score(work, data, run, site) for site in SITES]
-        mean = tuple(np.mean(scores, axis=0))
-        print(f"{label:<14}" + "".join(f"{dsc:>12.3f}{hd95:>7.2f}" for dsc, hd95 in [*scores, mean]), flush=True)
+
+
+def _own(work: Path, run: str, site: str) -> tuple[float, float]:
+    foreground = RunHistory.load(work / "home/server/runs" / run).final[site].foreground
+    return foreground.dsc, foreground.hd95_mm
+
+
+def _print_whole(work: Path, data: Path) -> None:
+    runs = {f"local {site}": f"local-{site}" for site in SITES}
+    runs |= {"FFE": "ffe", "centralised": "centralised", "centralised x3": "centralised-long"}
+    scores = {label: [_score(work, data, run, site) for site in SITES] for label, run in runs.items()}
+    _print_table("whole models on every site's cases", scores)
+
+
+def _print_table(title: str, scores: dict[str, list[tuple[float, float]]]) -> None:
+    sites = "".join(f"{site + ' DSC':>12}{'HD95':>7}" for site in SITES)
+    print(f"\n{title}\n{'':<18}{sites}{'mean DSC':>12}{'HD95':>7}")
+    for label, of_sites in scores.items():
+        columns = [*of_sites, tuple(np.mean(of_sites, axis=0))]
+        print(f"{label:<18}" + "".join(f"{dsc:>12.3f}{hd95:>7.2f}" for dsc, hd95 in columns), flush=True)
 
 
 def _score(work: Path, data: Path, run: str, site: str) -> tuple[float, float]:
@@ -142,6 +176,7 @@ def _score(work: Path, data: Path, run: str, site: str) -> tuple[float, float]:
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
     predictor = nnUNetPredictor(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(work / "home/server/runs" / run / "model"), (0,))
     source = data / json.loads((data / SETTINGS_FILE).read_text())["sites"][site]["dataset"]

@@ -25,7 +25,11 @@ from nnunet_flare.nnunet.config import TrainingConfig
 __all__ = ["JOBS", "AsymFedAvgRecipe", "FFERecipe"]
 
 _SERVER_PARAMETERS = {"server": {"task_request_interval": 0.2}}
-_CLIENT_PARAMETERS = {"get_task_timeout": 600.0, "submit_task_result_timeout": 3600.0}
+_CLIENT_PARAMETERS = {
+    "get_task_timeout": 600.0,
+    "submit_task_result_timeout": 3600.0,
+    "streaming_idle_timeout": 3600.0,  # an update waits at its site until the server comes to it
+}
 _PACKAGES = ["nnunet_flare"]
 _MARKER = Path(__file__).parent / "job_marker" / "README"
 
@@ -103,7 +107,22 @@ def demo_training() -> TrainingConfig:
     )
 
 
-JOBS = {"ffe": lambda: FFERecipe(name="ffe", training=demo_training())}
+def mixed_demo_training() -> TrainingConfig:
+    """Three generated hospitals whose images make nnU-Net plan unlike networks."""
+    return TrainingConfig(
+        dataset="demo_mixed",
+        num_rounds=12,
+        iterations_per_epoch=20,
+        val_iterations_per_epoch=3,
+        num_foreground_voxels=1_000_000,
+        plans_overrides={"batch_size": 2},
+    )
+
+
+JOBS = {
+    "ffe": lambda: FFERecipe(training=demo_training()),
+    "asym_fedavg": lambda: AsymFedAvgRecipe(training=mixed_demo_training()),
+}
 """Committed job folder -> recipe."""
 
 
