@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -55,3 +57,38 @@ def demo_home(home: Path, demo_data: Path) -> Path:
     for site in ("site-1", "site-2", "site-3"):
         shutil.copytree(demo_data / site, home / site / "nnUNet_raw")
     return home
+
+
+@pytest.fixture(scope="session")
+def mixed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw data root for each of three sites that plan unlike networks."""
+    from nnunet_flare.nnunet.phantoms import write_demo_dataset
+
+    root = tmp_path_factory.mktemp("mixed_data")
+    for site in ("site-1", "site-2", "site-3"):
+        write_demo_dataset(root / site, site, dataset="demo_mixed", num_cases=5)
+    return root
+
+
+@pytest.fixture
+def mixed(home: Path, mixed_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which the raw data of the sites lies ready."""
+    for site in ("site-1", "site-2", "site-3"):
+        (home / site).mkdir(parents=True)
+        (home / site / "nnUNet_raw").symlink_to(mixed_data / site)
+    return home
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net works in this process, without children (``inline``)."""
+    from inline import run_inline
+
+    run_inline(monkeypatch)
+
+
+def settings_of(site: str, folder: Path, **settings: Any) -> None:
+    """Write the site's settings into its ``local`` folder."""
+    local = folder / site / "local"
+    local.mkdir(parents=True, exist_ok=True)
+    (local / "nnunet_flare.json").write_text(json.dumps(settings))

@@ -14,8 +14,7 @@ import torch
 from nvflare.apis.dxo import from_shareable
 from nvflare.fuel.utils import fobs
 
-from conftest import TINY_TRAINING
-from inline import run_inline
+from conftest import TINY_TRAINING, settings_of
 from loopback import Loopback
 from nnunet_flare.aggregation.sharing import Sharing
 from nnunet_flare.flare.asym import AsymFedAvgController
@@ -28,39 +27,8 @@ SITES = ("site-1", "site-2", "site-3")
 MIXED = TINY_TRAINING | {"dataset": "Dataset902_DemoMixed"}
 
 
-@pytest.fixture(scope="session")
-def mixed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A raw data root for each of three sites that plan unlike networks."""
-    from nnunet_flare.nnunet.phantoms import write_demo_dataset
-
-    root = tmp_path_factory.mktemp("mixed_data")
-    for site in SITES:
-        write_demo_dataset(root / site, site, dataset="demo_mixed", num_cases=5)
-    return root
-
-
-@pytest.fixture
-def mixed(home: Path, mixed_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home in which the raw data of the sites lies ready."""
-    for site in SITES:
-        (home / site).mkdir(parents=True)
-        (home / site / "nnUNet_raw").symlink_to(mixed_data / site)
-    return home
-
-
 def run_of(home: Path, run: str) -> Path:
     return home / "server" / "runs" / run
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_inline(monkeypatch)
-
-
-def settings_of(site: str, folder: Path, **settings: object) -> None:
-    local = folder / site / "local"
-    local.mkdir(parents=True, exist_ok=True)
-    (local / "nnunet_flare.json").write_text(json.dumps(settings))
 
 
 def own_copy(home: Path, site: str) -> None:

@@ -19,7 +19,7 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.fuel.utils import fobs
 
-from conftest import TINY_TRAINING
+from conftest import TINY_TRAINING, settings_of
 from inline import run_inline
 from loopback import Loopback
 from nnunet_flare.cli import main
@@ -33,21 +33,13 @@ DATASET = "Dataset900_Demo"
 UP_TO_PLAN = TINY_TRAINING | {"stop_after": "plan"}
 
 
-@pytest.fixture(autouse=True)
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_inline(monkeypatch)
+pytestmark = pytest.mark.usefixtures("inline")
 
 
 @pytest.fixture
 def dataset(demo_home: Path) -> Path:
     """The data set of site-2, in which things go wrong."""
     return demo_home / "site-2" / "nnUNet_raw" / DATASET
-
-
-def settings_of(site: str, folder: Path, **settings: Any) -> None:
-    local = folder / site / "local"
-    local.mkdir(parents=True, exist_ok=True)
-    (local / "nnunet_flare.json").write_text(json.dumps(settings))
 
 
 def panic_of(federation: Loopback, **options: Any) -> str:
