@@ -50,6 +50,8 @@ class TrainingConfig:
         pretrained: File in ``<home>/pretrained/`` of the server whose weights replace the random ones.
         weighting: ``cases`` weighs a site by its training cases, ``uniform`` weighs all sites equally.
         momentum: ``keep`` the optimizer's momentum over rounds, or ``reset`` it at each round's start.
+        prox_mu: Strength of FedProx: the local loss gains ``prox_mu / 2 * |w - w_received|^2`` over the layers received
+            in the round (``local_objective.proximal_term``). 0 is plain federated averaging.
         update: Sites send the ``difference`` to the weights they received, or their ``weights``.
         wire_dtype: ``float32`` or ``float16`` for layers on the wire.
         plans_overrides: Keys of the configuration in the plans to replace at every site, such as ``batch_size``.
@@ -71,6 +73,7 @@ class TrainingConfig:
     pretrained: str | None = None
     weighting: str = "cases"
     momentum: str = "keep"
+    prox_mu: float = 0.0
     update: str = "difference"
     wire_dtype: str = "float32"
     plans_overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -96,6 +99,10 @@ class TrainingConfig:
             "pretrained": (lambda value: value is None or (_text(value) and "/" not in value), "a file name"),
             "weighting": _one_of("cases", "uniform"),
             "momentum": _one_of("keep", "reset"),
+            "prox_mu": (
+                lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+                "a number that is not negative",
+            ),
             "update": _one_of("difference", "weights"),
             "wire_dtype": _one_of("float32", "float16"),
             "plans_overrides": (lambda value: isinstance(value, Mapping), "a mapping of plans keys"),
@@ -128,4 +135,5 @@ class TrainingConfig:
 
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the defaults: what a job file states."""
-        return {name: value for name, value in self.to_json().items() if value != getattr(TrainingConfig(), name)}
+        defaults = TrainingConfig().to_json()
+        return {name: value for name, value in self.to_json().items() if value != defaults[name]}

@@ -14,6 +14,7 @@ import torch
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.evaluate import foreground_labels
+from nnunet_flare.nnunet.local_objective import proximal_term
 from nnunet_flare.nnunet.preprocess import fold_cases
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.nnunet.stepper import RoundSchedule, Score, TrainerStepper, find_trainer
@@ -87,7 +88,8 @@ class SiteTraining:
         self.resume(round_number)
         self.stepper.load_layers(layers)
         self.stepper.begin_round(round_number, reset_momentum=self.config.momentum == "reset")
-        result = self.stepper.train_round(progress)
+        with proximal_term(self.stepper.network, layers, mu=self.config.prox_mu):
+            result = self.stepper.train_round(progress)
         self.stepper.save(self._checkpoints / f"round_{round_number:05d}.pt")
         self._last_round = round_number
         saved = self._saved_rounds()

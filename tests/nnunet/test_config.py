@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nnunet_flare.errors import ConfigError
+from nnunet_flare.nnunet.config import TrainingConfig
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("prox_mu", -0.1),
+        ("prox_mu", float("nan")),
+        ("prox_mu", float("inf")),
+        ("prox_mu", True),
+        ("prox_mu", "0.1"),
+    ],
+)
+def test_a_local_objective_out_of_range_is_refused_by_name(setting, value):
+    with pytest.raises(ConfigError) as refused:
+        TrainingConfig(**{setting: value})
+    assert refused.value.field == setting
+    assert refused.value.found == repr(value)
+
+
+def test_a_configuration_survives_json():
+    config = TrainingConfig(prox_mu=0.01)
+    assert TrainingConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_job_states_only_what_differs_from_the_defaults():
+    assert TrainingConfig(prox_mu=0).changes() == {}
+    changes = {"prox_mu": 0.5}
+    assert TrainingConfig(**changes).changes() == changes
