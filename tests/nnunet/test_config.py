@@ -16,6 +16,13 @@ from nnunet_flare.nnunet.config import TrainingConfig
         ("prox_mu", float("inf")),
         ("prox_mu", True),
         ("prox_mu", "0.1"),
+        ("freeze", "encoder"),
+        ("freeze", ["encoder", ""]),
+        ("freeze", [7]),
+        ("freeze", None),
+        ("freeze", ["encoder", "stages.(0"]),
+        ("freeze", ["a{99999999999999999999}"]),
+        ("freeze", ["(" * 5000]),
     ],
 )
 def test_a_local_objective_out_of_range_is_refused_by_name(setting, value):
@@ -26,11 +33,11 @@ def test_a_local_objective_out_of_range_is_refused_by_name(setting, value):
 
 
 def test_a_configuration_survives_json():
-    config = TrainingConfig(prox_mu=0.01)
+    config = TrainingConfig(prox_mu=0.01, freeze=[r"^encoder\.stages\.[01]\.", "norm"])
     assert TrainingConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_a_job_states_only_what_differs_from_the_defaults():
-    assert TrainingConfig(prox_mu=0).changes() == {}
-    changes = {"prox_mu": 0.5}
+    assert TrainingConfig(freeze=[], prox_mu=0).changes() == {}
+    changes = {"prox_mu": 0.5, "freeze": ["^encoder"]}
     assert TrainingConfig(**changes).changes() == changes

@@ -1,4 +1,4 @@
-"""The proximal term: nnU-Net's own training step and optimizer on a small network."""
+"""The proximal term and frozen layers: nnU-Net's own training step and optimizer on a small network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_flare.nnunet.local_objective import proximal_term
+from nnunet_flare.errors import ConfigError
+from nnunet_flare.nnunet.local_objective import freeze_layers, proximal_term
 from nnunet_flare.nnunet.stepper import RoundSchedule, TrainerStepper
 
 MU = 0.25  # a power of two: the product with it is exact
@@ -148,8 +149,9 @@ def test_only_layers_that_were_received_are_pulled():
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
-def test_wrapped_networks_are_pulled_by_the_same_names(wrap):
+def test_wrapped_networks_are_pulled_and_frozen_by_the_same_names(wrap):
     network = small_network()
+    freeze_layers(wrap(network), ["^2"])
     with proximal_term(wrap(network), ["0.weight"], mu=MU):
         for parameter in (network[0].weight, network[0].bias):
             parameter.data += 1
@@ -157,6 +159,7 @@ def test_wrapped_networks_are_pulled_by_the_same_names(wrap):
         torch.optim.SGD(network.parameters(), lr=1.0).step()
     np.testing.assert_allclose(network[0].weight.grad.numpy(), MU, atol=1e-6)
     assert not network[0].bias.grad.any()
+    assert not network[2].weight.requires_grad
 
 
 @pytest.mark.parametrize("unscales", [True, False])
@@ -182,3 +185,36 @@ def test_a_loss_scale_does_not_scale_the_pull(fused, unscales):
 
     scaled, plain = step(torch.amp.GradScaler("cpu", init_scale=1024.0)), step(None)
     np.testing.assert_allclose(scaled, plain, rtol=1e-6)
+
+
+# --- frozen layers ----------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_stay_to_the_bit_and_the_others_train(tmp_path):
+    stepper = stepper_in(tmp_path, freeze=[r"^0\.", r"^1\.bias$"])
+    before = stepper.layers()
+    after = trained(stepper, MU)
+    unchanged = {name for name in before if np.array_equal(before[name], after[name])}
+    assert unchanged == {"0.weight", "0.bias", "1.bias"}  # the running statistics are no parameters
+    checkpoint = tmp_path / "round_00000.pt"
+    stepper.save(checkpoint)
+    resumed = stepper_in(tmp_path, freeze=[r"^0\.", r"^1\.bias$"])
+    resumed.restore(checkpoint)
+    for each in (stepper, resumed):
+        each.begin_round(1, reset_momentum=False)
+        each.train_round()
+    assert_equal_layers(stepper.layers(), resumed.layers())
+    np.testing.assert_array_equal(resumed.layers()["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("patterns", [["^0", "encoder"], ["running_mean"]])
+def test_a_pattern_that_matches_no_parameter_is_named(tmp_path, patterns):
+    with pytest.raises(ConfigError) as refused:
+        stepper_in(tmp_path, freeze=patterns).signature()
+    assert refused.value.field == "freeze"
+    assert refused.value.found == repr(patterns[-1])
+
+
+def test_a_network_that_is_frozen_as_a_whole_is_refused():
+    with pytest.raises(ConfigError, match=r"still trains, found '\^\[012\]'"):
+        freeze_layers(small_network(), ["^[012]"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -20,6 +21,15 @@ def _positive(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
+
+
+def _patterns(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(_text, value)):
+        return False
+    try:
+        return all(map(re.compile, value))
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def _one_of(*allowed: object) -> tuple[Callable[[Any], bool], str]:
@@ -52,6 +62,8 @@ class TrainingConfig:
         momentum: ``keep`` the optimizer's momentum over rounds, or ``reset`` it at each round's start.
         prox_mu: Strength of FedProx: the local loss gains ``prox_mu / 2 * |w - w_received|^2`` over the layers received
             in the round (``local_objective.proximal_term``). 0 is plain federated averaging.
+        freeze: Regular expressions; the parameters in whose layer name one is found (``re.search``) are never trained,
+            such as ``^encoder\\.`` of a pretrained network. Running statistics of a batch norm are not parameters.
         update: Sites send the ``difference`` to the weights they received, or their ``weights``.
         wire_dtype: ``float32`` or ``float16`` for layers on the wire.
         plans_overrides: Keys of the configuration in the plans to replace at every site, such as ``batch_size``.
@@ -74,6 +86,7 @@ class TrainingConfig:
     weighting: str = "cases"
     momentum: str = "keep"
     prox_mu: float = 0.0
+    freeze: Sequence[str] = ()
     update: str = "difference"
     wire_dtype: str = "float32"
     plans_overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -103,6 +116,7 @@ class TrainingConfig:
                 lambda value: type(value) in (int, float) and 0 <= value < math.inf,
                 "a number that is not negative",
             ),
+            "freeze": (_patterns, "a list of regular expressions"),
             "update": _one_of("difference", "weights"),
             "wire_dtype": _one_of("float32", "float16"),
             "plans_overrides": (lambda value: isinstance(value, Mapping), "a mapping of plans keys"),
@@ -116,6 +130,7 @@ class TrainingConfig:
         for name, (holds, expected) in rules.items():
             if not holds(value := getattr(self, name)):
                 raise ConfigError(field=name, expected=expected, found=repr(value), remedy="correct the job's settings")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingConfig:
@@ -131,7 +146,7 @@ class TrainingConfig:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"plans_overrides": dict(self.plans_overrides)}
+        return asdict(self) | {"plans_overrides": dict(self.plans_overrides), "freeze": list(self.freeze)}
 
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the defaults: what a job file states."""

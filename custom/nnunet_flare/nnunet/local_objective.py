@@ -1,20 +1,22 @@
-"""What a round adds to the trainer's own objective: a pull towards the weights received.
+"""What a round adds to the trainer's own objective: a pull towards the weights received, and layers that stay fixed.
 
-It works from outside, on any trainer: its ``train_step`` is not touched.
+Both work from outside, on any trainer: its ``train_step`` is not touched.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.weights import canonical_tensors
 
-__all__ = ["proximal_term"]
+__all__ = ["freeze_layers", "proximal_term"]
 
 
 @contextlib.contextmanager
@@ -58,6 +60,30 @@ def proximal_term(network: torch.nn.Module, names: Iterable[str], *, mu: float) 
         yield
     finally:
         hook.remove()
+
+
+def freeze_layers(network: torch.nn.Module, patterns: Sequence[str]) -> None:
+    """Fix the parameters whose canonical name holds a match (``re.search``) of one of the patterns.
+
+    They get no gradient, and a torch optimizer leaves a parameter without one as it is: no weight decay, no momentum.
+    Buffers are no parameters: the running statistics of a batch norm go on following the data.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or nothing is left to train.
+    """
+    parameters = _canonical_parameters(network)
+    for pattern in patterns:
+        matching = [parameter for name, parameter in parameters.items() if re.search(pattern, name)]
+        if not matching:
+            raise _freeze_error(f"a match in the name of a parameter, such as {next(iter(parameters))}", repr(pattern))
+        for parameter in matching:
+            parameter.requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in parameters.values()):
+        raise _freeze_error("at least one parameter that still trains", ", ".join(map(repr, patterns)))
+
+
+def _freeze_error(expected: str, found: str) -> ConfigError:
+    return ConfigError(field="freeze", expected=expected, found=found, remedy="correct the job's settings")
 
 
 def _canonical_parameters(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_flare.errors import ConfigError, StateError
+from nnunet_flare.nnunet.local_objective import freeze_layers
 from nnunet_flare.nnunet.weights import canonical_tensors, read_layers, write_layers
 from nnunet_flare.storage import write_atomically
 
@@ -78,6 +79,7 @@ class TrainerStepper:
         plans: nnU-Net plans. The environment variables nnUNet_preprocessed and nnUNet_results must be set.
         device: torch device.
         seed_parts: What the seeds of a round are made from, besides the round.
+        freeze: Patterns of the names of layers that stay fixed (``freeze_layers``).
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class TrainerStepper:
         device: torch.device,
         schedule: RoundSchedule,
         seed_parts: tuple[object, ...] = (),
+        freeze: Sequence[str] = (),
     ) -> None:
         if trainer_class.load_checkpoint is not nnUNetTrainer.load_checkpoint:
             raise ConfigError(
@@ -100,7 +103,7 @@ class TrainerStepper:
                 remedy="choose a trainer without a warm-up of its own: rounds could not be repeated or missed",
             )
         self.schedule = schedule
-        self._seed_parts = seed_parts
+        self._seed_parts, self._freeze = seed_parts, freeze
         self.trainer = trainer_class(
             plans={**plans, "continue_training": False},
             configuration=configuration,
@@ -128,6 +131,7 @@ class TrainerStepper:
         if not self.trainer.was_initialized:
             seed_everything(*self._seed_parts, "initialize")
             self.trainer.initialize()
+            freeze_layers(self.trainer.network, self._freeze)
 
     def signature(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every layer."""

@@ -67,6 +67,7 @@ class SiteTraining:
                 val_iterations_per_epoch=config.val_iterations_per_epoch,
             ),
             seed_parts=(config.seed, self._site.site),
+            freeze=config.freeze,
         )
         self._last_round: int | None = None
 
