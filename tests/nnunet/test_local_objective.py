@@ -1,4 +1,4 @@
-"""The proximal term and frozen layers: nnU-Net's own training step and optimizer on a small network."""
+"""The proximal term, frozen layers and fine-tuning: nnU-Net's own training step and optimizer on a small network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.local_objective import freeze_layers, proximal_term
-from nnunet_flare.nnunet.stepper import RoundSchedule, TrainerStepper
+from nnunet_flare.nnunet.stepper import FINETUNE_RATE, RoundSchedule, TrainerStepper
 
 MU = 0.25  # a power of two: the product with it is exact
 
@@ -218,3 +218,37 @@ def test_a_pattern_that_matches_no_parameter_is_named(tmp_path, patterns):
 def test_a_network_that_is_frozen_as_a_whole_is_refused():
     with pytest.raises(ConfigError, match=r"still trains, found '\^\[012\]'"):
         freeze_layers(small_network(), ["^[012]"])
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
+
+
+def finetuned(stepper: TrainerStepper, epochs: int) -> dict[str, np.ndarray]:
+    stepper.begin_round(stepper.schedule.num_rounds, reset_momentum=False)
+    stepper.finetune(epochs)
+    return stepper.layers()
+
+
+def test_finetuning_goes_on_at_a_constant_rate_and_is_in_nnunets_logs_and_final_checkpoint(tmp_path):
+    stepper = stepper_in(tmp_path)
+    trained(stepper)
+    before = stepper.layers()
+    after = finetuned(stepper, 3)
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+    stepper.finish()
+    checkpoint = torch.load(tmp_path / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["current_epoch"] == 2 * 2 + 3
+    assert {len(values) for values in checkpoint["logging"].values()} == {2 * 2 + 3}
+    assert checkpoint["logging"]["lrs"][-3:] == [FINETUNE_RATE * stepper.trainer.initial_lr] * 3
+    assert_equal_layers(after, {name: checkpoint["network_weights"][name].numpy() for name in after})
+    assert not (tmp_path / "checkpoint_latest.pth").exists()
+
+
+def test_repeated_finetuning_ends_with_the_same_bits(tmp_path):
+    stepper = stepper_in(tmp_path)
+    trained(stepper)
+    stepper.save(tmp_path / "round_00001.pt")
+    first = finetuned(stepper, 2)
+    again = stepper_in(tmp_path)
+    again.restore(tmp_path / "round_00001.pt")
+    assert_equal_layers(first, finetuned(again, 2))

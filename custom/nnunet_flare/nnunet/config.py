@@ -64,6 +64,9 @@ class TrainingConfig:
             in the round (``local_objective.proximal_term``). 0 is plain federated averaging.
         freeze: Regular expressions; the parameters in whose layer name one is found (``re.search``) are never trained,
             such as ``^encoder\\.`` of a pretrained network. Running statistics of a batch norm are not parameters.
+        finetune_epochs: Epochs that each training site goes on for itself after the last round, at a small constant
+            learning rate (``stepper.FINETUNE_RATE``) and without the pull of ``prox_mu``. The site's model and its
+            validation are then those of its own, personalised network; the global model is scored there before.
         update: Sites send the ``difference`` to the weights they received, or their ``weights``.
         wire_dtype: ``float32`` or ``float16`` for layers on the wire.
         plans_overrides: Keys of the configuration in the plans to replace at every site, such as ``batch_size``.
@@ -87,6 +90,7 @@ class TrainingConfig:
     momentum: str = "keep"
     prox_mu: float = 0.0
     freeze: Sequence[str] = ()
+    finetune_epochs: int = 0
     update: str = "difference"
     wire_dtype: str = "float32"
     plans_overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -117,6 +121,7 @@ class TrainingConfig:
                 "a number that is not negative",
             ),
             "freeze": (_patterns, "a list of regular expressions"),
+            "finetune_epochs": (lambda value: type(value) is int and value >= 0, "0, 1, 2 ..."),
             "update": _one_of("difference", "weights"),
             "wire_dtype": _one_of("float32", "float16"),
             "plans_overrides": (lambda value: isinstance(value, Mapping), "a mapping of plans keys"),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -26,6 +27,10 @@ from nnunet_flare.storage import write_atomically
 __all__ = ["RoundSchedule", "Score", "TrainerStepper", "find_trainer", "seed_everything", "write_checkpoint"]
 
 Progress = Callable[[int, int], None]
+
+FINETUNE_RATE = 0.01
+"""Learning rate after the last round, as a part of the trainer's initial one: what nnU-Net's schedule, which has then
+ended at 0, has in the last 0.6 % of its epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +186,23 @@ class TrainerStepper:
         Returns:
             The score of the weights at the start of the round, and the mean training loss of the last epoch.
         """
+        return self._train(self.schedule.epochs_per_round, progress)
+
+    def finetune(self, epochs: int, progress: Progress = lambda done, total: None) -> None:
+        """Train on after the last round (``begin_round`` with the number of rounds), at a constant learning rate.
+
+        These epochs lengthen the training: they are in nnU-Net's logs, and in the epoch that ``finish`` stores.
+        """
+        trainer = self.trainer
+        trainer.num_epochs += epochs
+        trainer.save_every = trainer.num_epochs + 1
+        rate = FINETUNE_RATE * trainer.initial_lr
+        trainer.lr_scheduler = PolyLRScheduler(trainer.optimizer, rate, trainer.num_epochs, exponent=0)
+        self._train(epochs, progress)
+
+    def _train(self, epochs: int, progress: Progress) -> tuple[Score, float]:
         trainer, first_score, loss = self.trainer, None, math.nan
-        epochs, iterations = self.schedule.epochs_per_round, trainer.num_iterations_per_epoch
+        iterations = trainer.num_iterations_per_epoch
         for epoch in range(epochs):
             trainer.on_epoch_start()
             score = self.evaluate()

@@ -26,6 +26,7 @@ Layers = Mapping[str, np.ndarray]
 
 _CHECKPOINT = re.compile(r"round_(\d+)\.pt")
 _KEPT_CHECKPOINTS = 2
+_PERSONAL = -1  # in place of the last round's number: no checkpoint is of that state, so ``resume`` starts over
 
 
 class SiteTraining:
@@ -98,6 +99,17 @@ class SiteTraining:
         for number in saved.keys() - set(kept):
             saved[number].unlink()
         return result
+
+    @property
+    def finetune_epochs(self) -> int:
+        """Epochs of this site after the last round; a site that only evaluates trains none."""
+        return self.config.finetune_epochs if self._site.role == "train" else 0
+
+    def finetune(self, progress: Callable[[int, int], None]) -> None:
+        """Personalise the final layers, which must be loaded. No state of it is kept: a repeat starts over."""
+        self._last_round = _PERSONAL
+        self.stepper.begin_round(self.config.num_rounds, reset_momentum=self.config.momentum == "reset")
+        self.stepper.finetune(self.finetune_epochs, progress)
 
     def describe(self, score: Score) -> dict[str, Any]:
         names = foreground_labels(self._dataset_json)
