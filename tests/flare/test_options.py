@@ -41,17 +41,18 @@ def test_a_residual_encoder_preset_trains(controller, demo_home: Path, tmp_path:
 
 
 def test_a_site_plans_for_its_own_memory(mixed: Path, tmp_path: Path):
-    settings_of("site-2", tmp_path, gpu_memory_gb=0.2)
+    settings_of("site-1", tmp_path, gpu_memory_gb=0.02)
     federation = Loopback(tmp_path, ("site-1", "site-2", "site-3"))
     training = MIXED | {"configuration": "3d_fullres", "stop_after": "plan"}
     federation.run("memory", training, kind=AsymFedAvgController)
     assert federation.panics == []
-    small = read_json(mixed / "site-2" / "runs" / "memory" / "plans.json")
-    settings_of("site-2", tmp_path)
+    small = read_json(mixed / "site-1" / "runs" / "memory" / "plans.json")
+    settings_of("site-1", tmp_path)
     federation.run("more", training, kind=AsymFedAvgController)
-    large = read_json(mixed / "site-2" / "runs" / "more" / "plans.json")
-    patches = [plans["configurations"]["3d_fullres"]["patch_size"] for plans in (small, large)]
-    assert patches[0] < patches[1]
+    large = read_json(mixed / "site-1" / "runs" / "more" / "plans.json")
+    small, large = (plans["configurations"]["3d_fullres"] for plans in (small, large))
+    assert small["patch_size"] < large["patch_size"]
+    assert small["architecture"]["arch_kwargs"]["n_stages"] < large["architecture"]["arch_kwargs"]["n_stages"]
 
 
 def test_several_folds_are_trained_in_turn_on_one_preprocessing(demo_home: Path, tmp_path: Path):
@@ -111,3 +112,12 @@ def test_unlike_networks_start_from_pretrained_layers_of_server_and_site(mixed: 
         assert (start[name] == before[name]).all()
     told = capfd.readouterr().out
     assert told.count("pretrained heart.pth: ") == 2  # the server's shared layers, and all of site-1's
+
+
+def test_a_fine_tuned_model_is_scored_beside_the_averaged_one(demo_home: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("tuned", ONE_ROUND | {"finetune_epochs": 1, "prox_mu": 0.1, "freeze": ["^encoder.stages.0"]})
+    assert federation.panics == []
+    history = RunHistory.load(demo_home / "server" / "runs" / "tuned")
+    assert set(history.final) == set(history.final_before_finetuning) == set(SITES)
+    assert "after fine-tuning" in status_text(demo_home / "server" / "runs" / "tuned")

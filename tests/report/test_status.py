@@ -10,7 +10,7 @@ from nnunet_flare.errors import StateError
 from nnunet_flare.flare.history import RoundRecord, RunHistory, SiteFinal, SiteRound
 from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
 from nnunet_flare.report.status import status_text
-from nnunet_flare.report.table import final_table, report_text
+from nnunet_flare.report.table import final_table
 
 REASON = "site-2: reply: expected an answer within 3600 s, found none; restart the client at the site, see its log"
 
@@ -99,12 +99,19 @@ def test_a_finished_run_shows_the_final_table_and_where_its_results_lie(tmp_path
     ]
     results = [f"model   {tmp_path}/model", f"curves  {tmp_path}/learning_curves.png"]
     assert lines[-8:] == ["", *table, "", *results]
-    assert report_text(run, tmp_path).splitlines() == [*table, "", *results]
+
+
+def test_scores_before_fine_tuning_are_shown_as_such(tmp_path):
+    before, after = {"site-1": site_final(1, wall=0.5)}, {"site-1": site_final(1, wall=0.75)}
+    lines = status(training().changed(phase="done", final=after, final_before_finetuning=before), tmp_path)
+    first, second = lines.index("before fine-tuning"), lines.index("after fine-tuning")
+    assert "0.500" in lines[first + 2]
+    assert "0.750" in lines[second + 2]
 
 
 def test_a_label_that_no_site_has_shows_a_dash():
     run = training().changed(final={"site-1": site_final(1, wall=0.5, absent=math.nan)})
-    assert final_table(run).splitlines()[1].split() == ["site-1", "0.500", "-", "0.500", "2.5", "0.500", "1"]
+    assert final_table(run.final).splitlines()[1].split() == ["site-1", "0.500", "-", "0.500", "2.5", "0.500", "1"]
 
 
 @pytest.mark.parametrize("num_labels", [2, 8, 104])
@@ -115,9 +122,9 @@ def test_every_line_fits_100_columns_whatever_the_names_and_their_number(tmp_pat
     run = run.changed(
         final={"University Hospital of a Very Long Name": replace(site_final(1, **labels), num_cases=10**6)}
     )
-    assert max(map(len, final_table(run).splitlines())) <= 100
+    assert max(map(len, final_table(run.final).splitlines())) <= 100
     if num_labels == 104:
-        assert final_table(run).endswith("more labels in metrics.csv)")
+        assert final_table(run.final).endswith("more labels in metrics.csv)")
 
 
 def test_text_from_a_site_cannot_steer_the_terminal(tmp_path):

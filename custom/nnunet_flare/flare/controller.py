@@ -415,14 +415,17 @@ class FederatedTraining(Controller, ABC):
             for site, names in self._names.items()
         }
         final: dict[str, SiteFinal] = {}
+        before: dict[str, SiteFinal] = {}
 
         def accept(site: str, reply: Message) -> None:
-            final[site] = cast(site, reply, site_final)
+            if "cases_before" in reply.content:
+                before[site] = cast(site, reply, lambda content: site_final(content["cases_before"]))
+            final[site] = cast(site, reply, lambda content: site_final(content["cases"]))
 
         outcome = self._ask({site: (protocol.VALIDATE, requests[site]) for site in self._sites}, accept, "phase")
         for error in outcome.failures.values():
             self._say(f"no validation: {error}")
-        self._note(final=dict(sorted(final.items())))
+        self._note(final=dict(sorted(final.items())), final_before_finetuning=dict(sorted(before.items())))
         self._require(len(final), "validations of the final model", outcome.failures)
 
     # --- asking the sites -----------------------------------------------------------------------------------------

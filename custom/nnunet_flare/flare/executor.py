@@ -156,7 +156,7 @@ class NNUNetExecutor(Executor):
     def _validate(self, request: Message, calls: Calls) -> Message:
         reply = calls.run("validate", **calls.training())
         self._run.finish()
-        return Message(content={"cases": reply.content["cases"]})
+        return reply
 
 
 class Calls:

@@ -110,7 +110,8 @@ class RunHistory:
         phase: One of ``PHASES``.
         updated: Unix time of the latest change.
         rounds: Finished rounds, ascending.
-        final: Site -> its scores of the final model.
+        final: Site -> its scores of the model that it ends with.
+        final_before_finetuning: Site -> its scores of the last averaged layers, where it fine-tunes them afterwards.
         error: What ended the run, when ``phase`` is ``failed``.
         artifacts: Name -> path relative to the run folder.
     """
@@ -123,6 +124,7 @@ class RunHistory:
     updated: float = 0.0
     rounds: tuple[RoundRecord, ...] = ()
     final: Mapping[str, SiteFinal] = field(default_factory=dict)
+    final_before_finetuning: Mapping[str, SiteFinal] = field(default_factory=dict)
     error: str = ""
     artifacts: Mapping[str, str] = field(default_factory=dict)
 
@@ -210,12 +212,13 @@ class RunHistory:
                 yield record.round, site, "mean_dice", "", result.mean_dice
                 for name in ("train_loss", "num_cases", "upload_bytes", "download_bytes", "seconds"):
                     yield record.round, site, name, "", getattr(result, name)
-        for site, final in self.final.items():
-            yield "final", site, "num_cases", "", final.num_cases
-            for name in ("dsc", "hd95_mm", "nsd"):
-                for label, scores in final.labels.items():
-                    yield "final", site, name, label, getattr(scores, name)
-                yield "final", site, f"mean_{name}", "", getattr(final.foreground, name)
+        for stage, of_sites in (("before fine-tuning", self.final_before_finetuning), ("final", self.final)):
+            for site, final in of_sites.items():
+                yield stage, site, "num_cases", "", final.num_cases
+                for name in ("dsc", "hd95_mm", "nsd"):
+                    for label, scores in final.labels.items():
+                        yield stage, site, name, label, getattr(scores, name)
+                    yield stage, site, f"mean_{name}", "", getattr(final.foreground, name)
 
 
 def in_site_order(sites: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -106,13 +106,13 @@ def site_round(role: str, reply: Message, download_bytes: int, seconds: float) -
     )
 
 
-def site_final(content: Mapping[str, Any]) -> SiteFinal:
-    cases = tuple(
+def site_final(cases: Sequence[Any]) -> SiteFinal:
+    scored = tuple(
         {
             str(label): LabelMetrics(**{name: float(value) for name, value in scores.items()})
             for label, scores in case.items()
         }
-        for case in content["cases"]
+        for case in cases
     )
-    labels, foreground = mean_metrics(cases)
-    return SiteFinal(num_cases=len(cases), labels=labels, foreground=foreground, cases=cases)
+    labels, foreground = mean_metrics(scored)
+    return SiteFinal(num_cases=len(scored), labels=labels, foreground=foreground, cases=scored)

@@ -15,7 +15,7 @@ from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.nnunet import model
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
-from nnunet_flare.nnunet.evaluate import validate
+from nnunet_flare.nnunet.evaluate import CaseMetrics, validate
 from nnunet_flare.nnunet.extract import extract_summary
 from nnunet_flare.nnunet.network_plan import architecture_plans
 from nnunet_flare.nnunet.plans import plan
@@ -138,20 +138,32 @@ class Commands:
     def validate(
         self, settings: dict[str, Any], job: dict[str, Any], run: str, alignment: str, layers: Layers
     ) -> dict[str, Any]:
-        """Keep the final layers as nnU-Net's final checkpoint, and score them on every validation case."""
+        """Keep the final layers as nnU-Net's final checkpoint, and score them on every validation case.
+
+        With ``finetune_epochs`` the site's model is personalised first: ``cases`` are then the scores of the model that
+        the site keeps, and ``cases_before`` those of the final layers as they came.
+        """
         training = self._open(settings, job, run, alignment)
         training.resume(training.config.num_rounds)
         training.stepper.load_layers(layers)
         training.stepper.begin_round(training.config.num_rounds, reset_momentum=False)
+        answer = {}
+        if training.finetune_epochs:
+            answer["cases_before"] = self._score(training, "validation_before_finetuning")
+            training.finetune(self._report("fine-tuning"))
         training.stepper.finish()
-        cases = validate(
-            training.stepper.trainer,
-            nsd_tolerance_mm=training.config.nsd_tolerance_mm,
-            progress=self._report("validation"),
-        )
+        answer["cases"] = self._score(training, "validation")
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in training.environment.items()]
         write_atomically(Path(run) / "nnunet.env", lambda temporary: temporary.write_text("".join(lines)))
-        return {"cases": cases}
+        return answer
+
+    def _score(self, training: SiteTraining, subfolder: str) -> list[CaseMetrics]:
+        return validate(
+            training.stepper.trainer,
+            subfolder=subfolder,
+            nsd_tolerance_mm=training.config.nsd_tolerance_mm,
+            progress=self._report(subfolder.replace("_", " ")),
+        )
 
     def initial_layers(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -20,6 +21,15 @@ def _positive(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
+
+
+def _patterns(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(_text, value)):
+        return False
+    try:
+        return all(map(re.compile, value))
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def _one_of(*allowed: object) -> tuple[Callable[[Any], bool], str]:
@@ -59,6 +69,13 @@ class TrainingConfig:
         pretrained: File in ``<home>/pretrained/`` of the server whose weights replace the random ones.
         weighting: ``cases`` weighs a site by its training cases, ``uniform`` weighs all sites equally.
         momentum: ``keep`` the optimizer's momentum over rounds, or ``reset`` it at each round's start.
+        prox_mu: Strength of FedProx: the local loss gains ``prox_mu / 2 * |w - w_received|^2`` over the layers received
+            in the round (``local_objective.proximal_term``). 0 is plain federated averaging.
+        freeze: Regular expressions; the parameters in whose layer name one is found (``re.search``) are never trained,
+            such as ``^encoder\\.`` of a pretrained network. Running statistics of a batch norm are not parameters.
+        finetune_epochs: Epochs that each training site goes on for itself after the last round, at a small constant
+            learning rate (``stepper.FINETUNE_RATE``) and without the pull of ``prox_mu``. The site's model and its
+            validation are then those of its own, personalised network; the global model is scored there before.
         update: Sites send the ``difference`` to the weights they received, or their ``weights``.
         wire_dtype: ``float32`` or ``float16`` for layers on the wire.
         plans_overrides: Keys of the configuration in the plans to replace at every site, such as ``batch_size``.
@@ -80,6 +97,9 @@ class TrainingConfig:
     pretrained: str | None = None
     weighting: str = "cases"
     momentum: str = "keep"
+    prox_mu: float = 0.0
+    freeze: Sequence[str] = ()
+    finetune_epochs: int = 0
     update: str = "difference"
     wire_dtype: str = "float32"
     plans_overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -105,6 +125,12 @@ class TrainingConfig:
             "pretrained": (lambda value: value is None or (_text(value) and "/" not in value), "a file name"),
             "weighting": _one_of("cases", "uniform"),
             "momentum": _one_of("keep", "reset"),
+            "prox_mu": (
+                lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+                "a number that is not negative",
+            ),
+            "freeze": (_patterns, "a list of regular expressions"),
+            "finetune_epochs": (lambda value: type(value) is int and value >= 0, "0, 1, 2 ..."),
             "update": _one_of("difference", "weights"),
             "wire_dtype": _one_of("float32", "float16"),
             "plans_overrides": (lambda value: isinstance(value, Mapping), "a mapping of plans keys"),
@@ -118,6 +144,7 @@ class TrainingConfig:
         for name, (holds, expected) in rules.items():
             if not holds(value := getattr(self, name)):
                 raise ConfigError(field=name, expected=expected, found=repr(value), remedy="correct the job's settings")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainingConfig:
@@ -133,7 +160,7 @@ class TrainingConfig:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"plans_overrides": dict(self.plans_overrides)}
+        return asdict(self) | {"plans_overrides": dict(self.plans_overrides), "freeze": list(self.freeze)}
 
     @property
     def folds(self) -> tuple[int | str, ...]:
@@ -145,4 +172,5 @@ class TrainingConfig:
 
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the defaults: what a job file states."""
-        return {name: value for name, value in self.to_json().items() if value != getattr(TrainingConfig(), name)}
+        defaults = TrainingConfig().to_json()
+        return {name: value for name, value in self.to_json().items() if value != defaults[name]}

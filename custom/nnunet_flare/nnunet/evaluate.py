@@ -37,16 +37,17 @@ def foreground_labels(dataset_json: dict[str, Any]) -> dict[str, int | tuple[int
 def validate(
     trainer: nnUNetTrainer,
     *,
+    subfolder: str = "validation",
     nsd_tolerance_mm: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[CaseMetrics]:
     """Predict and score the fold's validation cases with the weights as they are, in this process.
 
-    Predictions and nnU-Net's ``summary.json`` are written to the trainer's ``validation`` folder, and a table with
-    case names that stays there (``metrics.csv``). What is returned names no case and is ordered by score.
+    Predictions and nnU-Net's ``summary.json`` are written to ``subfolder`` of the trainer's output, and a table
+    with case names that stays there (``metrics.csv``). What is returned names no case and is ordered by score.
     """
     _, cases = trainer.do_split()
-    folder = Path(trainer.output_folder) / "validation"
+    folder = Path(trainer.output_folder) / subfolder
     folder.mkdir(parents=True, exist_ok=True)
     _predict(trainer, cases, folder, progress)
 

@@ -15,17 +15,23 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_flare.aggregation.network import Layer
 from nnunet_flare.errors import ConfigError, StateError
+from nnunet_flare.nnunet.local_objective import freeze_layers
 from nnunet_flare.nnunet.weights import canonical_tensors, describe_network, read_layers, write_layers
 from nnunet_flare.storage import write_atomically
 
 __all__ = ["RoundSchedule", "Score", "TrainerStepper", "find_trainer", "seed_everything", "write_checkpoint"]
 
 Progress = Callable[[int, int], None]
+
+FINETUNE_RATE = 0.01
+"""Learning rate after the last round, as a part of the trainer's initial one: what nnU-Net's schedule, which has then
+ended at 0, has in the last 0.6 % of its epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ class TrainerStepper:
         device: torch device.
         seed_parts: What the seeds of a round are made from, besides the round.
         alignment: How layers that come and go are named (``weights.canonical_tensors``).
+        freeze: Patterns of the names of layers that stay fixed (``freeze_layers``).
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class TrainerStepper:
         schedule: RoundSchedule,
         seed_parts: tuple[object, ...] = (),
         alignment: str = "name",
+        freeze: Sequence[str] = (),
     ) -> None:
         if trainer_class.load_checkpoint is not nnUNetTrainer.load_checkpoint:
             raise ConfigError(
@@ -103,7 +111,7 @@ class TrainerStepper:
                 remedy="choose a trainer without a warm-up of its own: rounds could not be repeated or missed",
             )
         self.schedule = schedule
-        self._seed_parts, self._alignment = seed_parts, alignment
+        self._seed_parts, self._alignment, self._freeze = seed_parts, alignment, freeze
         self.trainer = trainer_class(
             plans={**plans, "continue_training": False},
             configuration=configuration,
@@ -131,6 +139,7 @@ class TrainerStepper:
         if not self.trainer.was_initialized:
             seed_everything(*self._seed_parts, "initialize")
             self.trainer.initialize()
+            freeze_layers(self.trainer.network, self._freeze, alignment=self._alignment)
 
     def describe(self, *, channels: Sequence[str], outputs: Sequence[str]) -> dict[str, Layer]:
         """Canonical name -> what the layer is (``weights.describe_network``)."""
@@ -180,8 +189,23 @@ class TrainerStepper:
         Returns:
             The score of the weights at the start of the round, and the mean training loss of the last epoch.
         """
+        return self._train(self.schedule.epochs_per_round, progress)
+
+    def finetune(self, epochs: int, progress: Progress = lambda done, total: None) -> None:
+        """Train on after the last round (``begin_round`` with the number of rounds), at a constant learning rate.
+
+        These epochs lengthen the training: they are in nnU-Net's logs, and in the epoch that ``finish`` stores.
+        """
+        trainer = self.trainer
+        trainer.num_epochs += epochs
+        trainer.save_every = trainer.num_epochs + 1
+        rate = FINETUNE_RATE * trainer.initial_lr
+        trainer.lr_scheduler = PolyLRScheduler(trainer.optimizer, rate, trainer.num_epochs, exponent=0)
+        self._train(epochs, progress)
+
+    def _train(self, epochs: int, progress: Progress) -> tuple[Score, float]:
         trainer, first_score, loss = self.trainer, None, math.nan
-        epochs, iterations = self.schedule.epochs_per_round, trainer.num_iterations_per_epoch
+        iterations = trainer.num_iterations_per_epoch
         for epoch in range(epochs):
             trainer.on_epoch_start()
             score = self.evaluate()

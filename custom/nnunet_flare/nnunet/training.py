@@ -15,6 +15,7 @@ from nnunet_flare.aggregation.network import Layer
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.evaluate import foreground_labels
+from nnunet_flare.nnunet.local_objective import proximal_term
 from nnunet_flare.nnunet.model import load_pretrained
 from nnunet_flare.nnunet.preprocess import fold_cases
 from nnunet_flare.nnunet.site import SiteSettings
@@ -27,6 +28,7 @@ Layers = Mapping[str, np.ndarray]
 
 _CHECKPOINT = re.compile(r"round_(\d+)\.pt")
 _KEPT_CHECKPOINTS = 2
+_PERSONAL = -1  # in place of the last round's number: no checkpoint is of that state, so ``resume`` starts over
 
 
 class SiteTraining:
@@ -71,6 +73,7 @@ class SiteTraining:
             ),
             seed_parts=(config.seed, self._site.site),
             alignment=self._alignment,
+            freeze=config.freeze,
         )
         if self._site.pretrained:
             file, site = self._site.pretrained, self._site.site
@@ -95,7 +98,8 @@ class SiteTraining:
         self.resume(round_number)
         self.stepper.load_layers(layers)
         self.stepper.begin_round(round_number, reset_momentum=self.config.momentum == "reset")
-        result = self.stepper.train_round(progress)
+        with proximal_term(self.stepper.network, layers, mu=self.config.prox_mu, alignment=self._alignment):
+            result = self.stepper.train_round(progress)
         self.stepper.save(self._checkpoints / f"round_{round_number:05d}.pt")
         self._last_round = round_number
         saved = self._saved_rounds()
@@ -109,6 +113,17 @@ class SiteTraining:
         channels = self._dataset_json["channel_names"]
         outputs = list(foreground_labels(self._dataset_json))
         return self.stepper.describe(channels=[channels[index] for index in sorted(channels, key=int)], outputs=outputs)
+
+    @property
+    def finetune_epochs(self) -> int:
+        """Epochs of this site after the last round; a site that only evaluates trains none."""
+        return self.config.finetune_epochs if self._site.role == "train" else 0
+
+    def finetune(self, progress: Callable[[int, int], None]) -> None:
+        """Personalise the final layers, which must be loaded. No state of it is kept: a repeat starts over."""
+        self._last_round = _PERSONAL
+        self.stepper.begin_round(self.config.num_rounds, reset_momentum=self.config.momentum == "reset")
+        self.stepper.finetune(self.finetune_epochs, progress)
 
     def describe(self, score: Score) -> dict[str, Any]:
         names = foreground_labels(self._dataset_json)

@@ -39,8 +39,11 @@ def status_text(run_folder: Path) -> str:
     if history.phase == "failed":
         facts["error"] = history.error
     blocks = [_facts(facts)]
+    if history.final_before_finetuning:
+        blocks.append("before fine-tuning\n" + final_table(history.final_before_finetuning))
     if history.final:
-        blocks.append(final_table(history))
+        title = "after fine-tuning\n" if history.final_before_finetuning else ""
+        blocks.append(title + final_table(history.final))
     elif history.rounds:
         blocks.append(_round_table(history.rounds[-1]))
     if history.rounds and (missing := history.rounds[-1].missing):

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_flare.flare.history import CSV_FILE, RunHistory, SiteFinal, in_site_order
 from nnunet_flare.nnunet.metrics import mean_label_metrics, mean_metrics
 
-__all__ = ["MAX_WIDTH", "artifact_lines", "final_table", "report_text", "score_text", "table_lines"]
+__all__ = ["MAX_WIDTH", "artifact_lines", "final_table", "score_text", "table_lines"]
 
 MAX_WIDTH = 100
 _MAX_NAME_CHARS = 22
 _GAP = "  "
 
 
-def report_text(history: RunHistory, run_folder: Path) -> str:
-    """The end of a run: the table of its final scores and the paths of its results."""
-    return "\n".join([final_table(history), "", *artifact_lines(history, run_folder)])
-
-
-def final_table(history: RunHistory) -> str:
+def final_table(of_sites: Mapping[str, SiteFinal]) -> str:
     """One row a site and their mean, each site weighing equally.
 
     Columns: DSC of each label; DSC, HD95 and NSD averaged over the labels; validation cases. Labels that do not fit
     into ``MAX_WIDTH`` are left to ``metrics.csv``.
     """
-    if not history.final:
-        return "no final scores yet"
-    finals = list(history.final.values())
-    rows = [(site, history.final[site]) for site in in_site_order(history.final)]
+    finals = list(of_sites.values())
+    rows = [(site, of_sites[site]) for site in in_site_order(of_sites)]
     mean = SiteFinal(
         num_cases=sum(final.num_cases for final in finals),
         labels=mean_metrics([final.labels for final in finals])[0],
