@@ -18,21 +18,25 @@ class FederationConfig:
     Args:
         min_sites: Sites that must train in every round; None is all that were there at the start.
         round_timeout_s: Deadline of a round; a site that has not answered by then is left out of it.
+        cross_site: At the end, score every site's model on every site's validation cases; a site's model travels only
+            where its own settings allow it (``share_model``).
         phase_timeout_s: Deadline of each phase before and after the rounds (fingerprint, plan, preprocess, validate).
     """
 
     min_sites: int | None = None
     round_timeout_s: int = 24 * 3600
     phase_timeout_s: int = 24 * 3600
+    cross_site: bool = False
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
             optional = item.name == "min_sites" and value is None
-            if not optional and (type(value) is not int or value <= 0):
+            fits = type(value) is bool if item.name == "cross_site" else type(value) is int and value > 0
+            if not optional and not fits:
                 raise ConfigError(
                     field=item.name,
-                    expected="a positive integer",
+                    expected="true or false" if item.name == "cross_site" else "a positive integer",
                     found=repr(value),
                     remedy="correct the job's federation settings",
                 )

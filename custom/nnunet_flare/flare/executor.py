@@ -64,6 +64,8 @@ class NNUNetExecutor(Executor):
             protocol.TRAIN: self._train,
             protocol.EVALUATE: self._evaluate,
             protocol.VALIDATE: self._validate,
+            protocol.FINAL_MODEL: self._final_model,
+            protocol.SCORE_MODEL: self._score_model,
         }
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -157,6 +159,13 @@ class NNUNetExecutor(Executor):
         reply = calls.run("validate", **calls.training())
         self._run.finish()
         return reply
+
+    def _final_model(self, request: Message, calls: Calls) -> Message:
+        return calls.run("final_model", **calls.training())
+
+    def _score_model(self, request: Message, calls: Calls) -> Message:
+        model = {name: request.content[name] for name in ("plans", "dataset_json")}
+        return calls.run("score_model", **calls.training(), **model)
 
 
 class Calls:

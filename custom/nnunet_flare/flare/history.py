@@ -38,7 +38,7 @@ __all__ = [
 
 JSON_FILE = "metrics.json"
 CSV_FILE = "metrics.csv"
-PHASES = ("describe", "fingerprint", "plan", "preprocess", "train", "validate", "done", "failed")
+PHASES = ("describe", "fingerprint", "plan", "preprocess", "train", "validate", "cross_site", "done", "failed")
 _MAX_SITES_IN_LINE = 6
 
 
@@ -112,6 +112,7 @@ class RunHistory:
         rounds: Finished rounds, ascending.
         final: Site -> its scores of the model that it ends with.
         final_before_finetuning: Site -> its scores of the last averaged layers, where it fine-tunes them afterwards.
+        cross_site: Site whose model it is -> site whose validation cases they are -> mean over the labels both know.
         error: What ended the run, when ``phase`` is ``failed``.
         artifacts: Name -> path relative to the run folder.
     """
@@ -125,6 +126,7 @@ class RunHistory:
     rounds: tuple[RoundRecord, ...] = ()
     final: Mapping[str, SiteFinal] = field(default_factory=dict)
     final_before_finetuning: Mapping[str, SiteFinal] = field(default_factory=dict)
+    cross_site: Mapping[str, Mapping[str, LabelMetrics]] = field(default_factory=dict)
     error: str = ""
     artifacts: Mapping[str, str] = field(default_factory=dict)
 
@@ -219,6 +221,10 @@ class RunHistory:
                     for label, scores in final.labels.items():
                         yield stage, site, name, label, getattr(scores, name)
                     yield stage, site, f"mean_{name}", "", getattr(final.foreground, name)
+        for owner, of_sites in self.cross_site.items():
+            for site, scores in of_sites.items():
+                for name in ("dsc", "hd95_mm", "nsd"):
+                    yield f"model of {owner}", site, f"mean_{name}", "", getattr(scores, name)
 
 
 def in_site_order(sites: Iterable[str]) -> list[str]:

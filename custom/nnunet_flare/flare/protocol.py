@@ -23,9 +23,11 @@ __all__ = [
     "DESCRIBE",
     "EVALUATE",
     "EXTRACT_FINGERPRINT",
+    "FINAL_MODEL",
     "LAYER_SIGNATURE",
     "PLAN",
     "PLAN_LOCALLY",
+    "SCORE_MODEL",
     "TASKS",
     "TRAIN",
     "VALIDATE",
@@ -43,7 +45,20 @@ LAYER_SIGNATURE = "layer_signature"
 TRAIN = "train"
 EVALUATE = "evaluate"
 VALIDATE = "validate"
-TASKS = (DESCRIBE, EXTRACT_FINGERPRINT, PLAN, PLAN_LOCALLY, LAYER_SIGNATURE, TRAIN, EVALUATE, VALIDATE)
+FINAL_MODEL = "final_model"
+SCORE_MODEL = "score_model"
+TASKS = (
+    DESCRIBE,
+    EXTRACT_FINGERPRINT,
+    PLAN,
+    PLAN_LOCALLY,
+    LAYER_SIGNATURE,
+    TRAIN,
+    EVALUATE,
+    VALIDATE,
+    FINAL_MODEL,
+    SCORE_MODEL,
+)
 
 _TEXT = "nnunet_flare"
 _LAYER_KINDS = (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF)

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from nnunet_flare.aggregation.network import network_to_json
+from nnunet_flare.errors import ConfigError
 from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.nnunet import model
 from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.nnunet.cross_site import score_foreign_model
 from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
 from nnunet_flare.nnunet.evaluate import CaseMetrics, validate
 from nnunet_flare.nnunet.extract import extract_summary
@@ -164,6 +166,46 @@ class Commands:
             nsd_tolerance_mm=training.config.nsd_tolerance_mm,
             progress=self._report(subfolder.replace("_", " ")),
         )
+
+    def final_model(
+        self, settings: dict[str, Any], job: dict[str, Any], run: str, alignment: str
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The whole final model, for the federation's other sites to score; the site's settings decide whether."""
+        site = SiteSettings.from_json(settings)
+        if not site.share_model:
+            raise ConfigError(
+                field="share_model",
+                expected="true, for cross-site scores of this site's model",
+                found="false",
+                remedy="allow it in the site's settings, or do without this row of the table",
+            )
+        plans, layers = self._open(settings, job, run, alignment).final_model()
+        return {"plans": plans}, layers
+
+    def score_model(
+        self,
+        settings: dict[str, Any],
+        job: dict[str, Any],
+        run: str,
+        alignment: str,
+        plans: dict[str, Any],
+        dataset_json: dict[str, Any],
+        layers: Layers,
+    ) -> dict[str, Any]:
+        """Scores of another site's model on this site's validation cases."""
+        training, site = self._open(settings, job, run, alignment), SiteSettings.from_json(settings)
+        cases = score_foreign_model(
+            training.config,
+            plans,
+            dataset_json,
+            layers,
+            dataset=RawDataset.read(find_dataset(site.raw_root, site.dataset)),
+            cases=training.validation_cases,
+            reader=training.stepper.trainer.plans_manager.image_reader_writer_class(),
+            device=training.device,
+            progress=self._report("cross-site validation"),
+        )
+        return {"cases": cases}
 
     def initial_layers(
         self,

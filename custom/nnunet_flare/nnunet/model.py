@@ -18,10 +18,13 @@ from nnunet_flare.nnunet.stepper import find_trainer, seed_everything, write_che
 from nnunet_flare.nnunet.weights import canonical_names, canonical_tensors, read_layers, write_layers
 from nnunet_flare.storage import write_json
 
-__all__ = ["export", "initial_layers", "load_pretrained"]
+__all__ = ["build_network", "export", "initial_layers", "load_pretrained", "mirroring_axes", "read_weights"]
 
 
-def _network(config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> torch.nn.Module:
+def build_network(
+    config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Mapping[str, Any], *, deep_supervision: bool = True
+) -> torch.nn.Module:
+    """A fresh network as the job's trainer builds it; plans from elsewhere must have passed ``check_classes``."""
     manager = PlansManager(dict(plans))
     configuration = manager.get_configuration(config.configuration)
     build = find_trainer(config.trainer).build_network_architecture
@@ -34,7 +37,8 @@ def _network(config: TrainingConfig, plans: Mapping[str, Any], dataset_json: Map
             configuration.network_arch_init_kwargs_req_import,
         )
     num_channels = determine_num_input_channels(manager, configuration, dict(dataset_json))
-    return build(*described, num_channels, manager.get_label_manager(dict(dataset_json)).num_segmentation_heads, True)
+    num_outputs = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
+    return build(*described, num_channels, num_outputs, deep_supervision)
 
 
 def initial_layers(
@@ -61,9 +65,9 @@ def initial_layers(
     """
     whole = "dataset_name" in plans  # else the server will never write a model of them
     if whole:
-        _mirroring_axes(config, plans)  # a trainer that cannot tell should end the job now, not after the last round
+        mirroring_axes(config, plans)  # a trainer that cannot tell should end the job now, not after the last round
     seed_everything(config.seed, "initial weights")
-    network = _network(config, plans, dataset_json)
+    network = build_network(config, plans, dataset_json)
     if pretrained is not None:
         load_pretrained(network, pretrained, alignment=alignment, whole=whole, site="server")
     return read_layers(network, alignment=alignment)
@@ -83,8 +87,7 @@ def load_pretrained(network: torch.nn.Module, file: Path, *, alignment: str, who
         ConfigError: the checkpoint is not readable, or its layers do not fit.
     """
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            weights = torch.load(file, map_location="cpu", weights_only=True)["network_weights"]
+        weights = read_weights(file)
         canonical = canonical_names(weights, alignment=alignment)
         weights = {canonical[name]: tensor.float().numpy() for name, tensor in weights.items()}
     except Exception as error:  # torch raises many things for a file that is not its own
@@ -97,6 +100,12 @@ def load_pretrained(network: torch.nn.Module, file: Path, *, alignment: str, who
         raise _pretrained_error(file, expected, f"{len(fitting)} of {len(body)} that fit", site)
     write_layers(network, fitting, alignment=alignment)
     print(f"pretrained {file.name}: {len(fitting)} of {len(body)} layers")
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """``network_weights`` of a nnU-Net checkpoint on this machine, read without unpickling anything."""
+    with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        return dict(torch.load(file, map_location="cpu", weights_only=True)["network_weights"])
 
 
 _NUMPY_SCALARS = [
@@ -126,7 +135,7 @@ def export(
     folder: Path,
 ) -> None:
     """Write ``plans.json``, ``dataset.json``, ``dataset_fingerprint.json`` and ``fold_X/checkpoint_final.pth``."""
-    network = _network(config, plans, dataset_json)
+    network = build_network(config, plans, dataset_json)
     write_layers(network, layers)
     checkpoint = {
         "network_weights": network.state_dict(),
@@ -138,7 +147,7 @@ def export(
         "init_args": {"plans": dict(plans), "configuration": config.configuration, "fold": config.fold}
         | {"dataset_json": dict(dataset_json)},
         "trainer_name": config.trainer,
-        "inference_allowed_mirroring_axes": _mirroring_axes(config, plans),
+        "inference_allowed_mirroring_axes": mirroring_axes(config, plans),
     }
     fold = folder / f"fold_{config.fold}"
     write_checkpoint(fold / "checkpoint_final.pth", lambda handle: torch.save(checkpoint, handle))
@@ -146,7 +155,7 @@ def export(
         write_json(folder / f"{name}.json", content)
 
 
-def _mirroring_axes(config: TrainingConfig, plans: Mapping[str, Any]) -> tuple[int, ...] | None:
+def mirroring_axes(config: TrainingConfig, plans: Mapping[str, Any]) -> tuple[int, ...] | None:
     """What the trainer decides about mirroring for this configuration; its own method is asked, without data."""
     trainer_class = find_trainer(config.trainer)
     trainer = object.__new__(trainer_class)

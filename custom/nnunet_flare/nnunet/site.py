@@ -49,6 +49,7 @@ class SiteSettings:
         num_augmentation_processes: Augmentation workers; None is 0 on CPU and nnU-Net's choice on GPU.
         num_threads: Threads of torch; None divides the machine's cores by the clients that run on it.
         plans_overrides: Keys of the trained configuration in the plans to replace, such as ``batch_size``.
+        share_model: Let the site's final model travel to the other sites, whole and with its plans, for cross-site scores.
         pretrained: nnU-Net checkpoint that the layers which this site does not share start from.
     """
 
@@ -65,6 +66,7 @@ class SiteSettings:
     num_threads: int | None = None
     plans_overrides: Mapping[str, Any] = field(default_factory=dict)
     pretrained: Path | None = None
+    share_model: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("role", self.role, ROLES), ("device", self.device, DEVICES)):
@@ -77,6 +79,8 @@ class SiteSettings:
             value = getattr(self, name)
             if not ((type(value) is int and value >= least) or (value is None and name != "num_processes")):
                 raise self._error(name, f"a whole number from {least} on", repr(value))
+        if type(self.share_model) is not bool:
+            raise self._error("share_model", "true or false", repr(self.share_model))
         if not isinstance(self.plans_overrides, Mapping):
             raise self._error("plans_overrides", "a mapping of plans keys", repr(self.plans_overrides))
         if self.dataset is not None and type(self.dataset) not in (int, str):

@@ -16,10 +16,11 @@ from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.evaluate import foreground_labels
 from nnunet_flare.nnunet.local_objective import proximal_term
-from nnunet_flare.nnunet.model import load_pretrained
+from nnunet_flare.nnunet.model import load_pretrained, read_weights
 from nnunet_flare.nnunet.preprocess import fold_cases
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.nnunet.stepper import RoundSchedule, Score, TrainerStepper, find_trainer
+from nnunet_flare.nnunet.weights import canonical_tensors
 from nnunet_flare.storage import read_json
 
 __all__ = ["SiteTraining"]
@@ -46,14 +47,15 @@ class SiteTraining:
             "nnUNet_results": str(run / "nnUNet_results"),
         }
         os.environ.update(self.environment)
-        self._device = choose_device(site)
-        if site.num_augmentation_processes is not None or self._device.type != "cuda":
+        self.device = choose_device(site)
+        if site.num_augmentation_processes is not None or self.device.type != "cuda":
             os.environ["nnUNet_n_proc_DA"] = str(site.num_augmentation_processes or 0)
         self._plans = read_json(run / "plans.json")
         folder = preprocessed / self._plans["dataset_name"]
         self._dataset_json = read_json(folder / "dataset.json")
         identifier = self._plans["configurations"][config.configuration]["data_identifier"]
-        self.num_training_cases = len(fold_cases(folder, identifier, config.fold)[0])
+        training_cases, self.validation_cases = fold_cases(folder, identifier, config.fold)
+        self.num_training_cases = len(training_cases)
         self._restart()
 
     def _restart(self) -> None:
@@ -64,7 +66,7 @@ class SiteTraining:
             dataset_json=self._dataset_json,
             configuration=config.configuration,
             fold=config.fold,
-            device=self._device,
+            device=self.device,
             schedule=RoundSchedule(
                 num_rounds=config.num_rounds,
                 epochs_per_round=config.epochs_per_round,
@@ -124,6 +126,12 @@ class SiteTraining:
         self._last_round = _PERSONAL
         self.stepper.begin_round(self.config.num_rounds, reset_momentum=self.config.momentum == "reset")
         self.stepper.finetune(self.finetune_epochs, progress)
+
+    def final_model(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Plans, and all layers of ``checkpoint_final.pth`` by nnU-Net's names."""
+        weights = read_weights(Path(self.stepper.trainer.output_folder) / "checkpoint_final.pth")
+        names = canonical_tensors(self.stepper.network)
+        return dict(self._plans), {name: weights[name].float().numpy() for name in names}
 
     def describe(self, score: Score) -> dict[str, Any]:
         names = foreground_labels(self._dataset_json)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nnunet_flare.flare.history import JSON_FILE, PHASES, RoundRecord, RunHistory, duration_text, in_site_order
-from nnunet_flare.report.table import MAX_WIDTH, artifact_lines, final_table, score_text, table_lines
+from nnunet_flare.report.table import MAX_WIDTH, artifact_lines, cross_site_table, final_table, score_text, table_lines
 
 __all__ = ["status_text"]
 
@@ -46,6 +46,8 @@ def status_text(run_folder: Path) -> str:
         blocks.append(title + final_table(history.final))
     elif history.rounds:
         blocks.append(_round_table(history.rounds[-1]))
+    if history.cross_site:
+        blocks.append(cross_site_table(history.cross_site))
     if history.rounds and (missing := history.rounds[-1].missing):
         reasons = {site: missing[site] for site in in_site_order(missing)}
         blocks.append("missing in the last round\n" + _facts(reasons, indent="  "))

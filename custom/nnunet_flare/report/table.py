@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_flare.flare.history import CSV_FILE, RunHistory, SiteFinal, in_site_order
-from nnunet_flare.nnunet.metrics import mean_label_metrics, mean_metrics
+from nnunet_flare.nnunet.metrics import LabelMetrics, mean_label_metrics, mean_metrics
 
-__all__ = ["MAX_WIDTH", "artifact_lines", "final_table", "score_text", "table_lines"]
+__all__ = ["MAX_WIDTH", "artifact_lines", "cross_site_table", "final_table", "score_text", "table_lines"]
 
 MAX_WIDTH = 100
 _MAX_NAME_CHARS = 22
@@ -50,6 +50,17 @@ def final_table(of_sites: Mapping[str, SiteFinal]) -> str:
     if shown < len(middle):
         lines.append(f"({len(middle) - shown} more labels in {CSV_FILE})")
     return "\n".join(lines)
+
+
+def cross_site_table(scores: Mapping[str, Mapping[str, LabelMetrics]]) -> str:
+    """Mean DSC of every site's model (rows) on every site's validation cases (columns)."""
+    owners = in_site_order(scores)
+    sites = in_site_order({site for of_owner in scores.values() for site in of_owner})
+    columns = [["model of", *owners]]
+    for site in sites:
+        cells = [score_text(scores[owner][site].dsc) if site in scores[owner] else "-" for owner in owners]
+        columns.append([f"on {site}", *cells])
+    return "\n".join(["mean DSC across sites", *table_lines(columns)])
 
 
 def artifact_lines(history: RunHistory, run_folder: Path) -> list[str]:
