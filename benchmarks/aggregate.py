@@ -36,8 +36,12 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 
+from nnunet_flare.flare.conductor import Conductor
+from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.protocol import TRAIN, Message, read_message
+from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
+from nnunet_flare.nnunet.config import TrainingConfig
 
 SHAPES, SERVER_FILE = "shapes.json", "server.json"
 LIMIT_S = 900
@@ -168,16 +172,20 @@ class TrainRounds(FFEController):
         self.folder, self.num_rounds, self.shapes = folder, num_rounds, shapes
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        self._fl_ctx, self._abort_signal, self._run_id = fl_ctx, abort_signal, "benchmark"
         notes = Notes(self.folder, self.num_rounds)
         sites = [client.name for client in fl_ctx.get_engine().get_clients()]
-        self._sites, self._weights, self._min_sites = dict.fromkeys(sites, "train"), dict.fromkeys(sites, 1), len(sites)
         layers: Mapping[str, np.ndarray] = random_layers(self.shapes)
-        self._names = {site: {name: name for name in layers} for site in sites}
-        self._shapes = {site: {name: array.shape for name, array in layers.items()} for site in sites}
+        names, shapes = {name: name for name in layers}, {name: array.shape for name, array in layers.items()}
+        share = SiteShare(role="train", names=names, shapes=shapes, weight=1)
+        rounds = AveragingRounds(
+            conductor=Conductor(self, FederationConfig(min_sites=len(sites)), fl_ctx, abort_signal, print),
+            config=TrainingConfig(),
+            shares=dict.fromkeys(sites, share),
+            min_cohort=1,
+        )
         for round_number in range(self.num_rounds):
             started = time.monotonic()
-            layers, _ = self._train_round(round_number, layers)
+            layers, _ = rounds.run(round_number, layers, {})
             notes.add(time.monotonic() - started)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

@@ -9,8 +9,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nvflare.apis.dxo import from_shareable
 from nvflare.fuel.utils import fobs
 
@@ -19,8 +21,9 @@ from loopback import Loopback
 from nnunet_flare.aggregation.sharing import Sharing
 from nnunet_flare.flare.asym import AsymFedAvgController
 from nnunet_flare.flare.history import RunHistory
-from nnunet_flare.flare.protocol import TRAIN
+from nnunet_flare.flare.protocol import FINAL_MODEL, TRAIN
 from nnunet_flare.nnunet.process import NNUNetProcess
+from nnunet_flare.report.status import status_text
 from nnunet_flare.storage import read_json
 
 SITES = ("site-1", "site-2", "site-3")
@@ -205,3 +208,38 @@ def test_a_site_that_was_not_there_at_the_start_joins_at_the_next_submission(mix
     assert [sorted(record.sites) for record in history.rounds] == [["site-1", "site-2"], ["site-1", "site-2", "site-3"]]
     sharing = Sharing.from_json(read_json(run_of(mixed, "late") / "sharing.json"))
     assert sharing.names_of("site-3")
+
+
+def test_models_that_may_travel_are_scored_on_every_site(mixed: Path, tmp_path: Path, inline: None):
+    for site in SITES[:2]:
+        settings_of(site, tmp_path, share_model=True)
+    federation = Loopback(tmp_path, SITES)
+    training = MIXED | {"num_rounds": 1}
+    federation.run("cross", training, federation={"cross_site": True}, kind=AsymFedAvgController)
+    assert federation.panics == []
+    history = RunHistory.load(run_of(mixed, "cross"))
+    assert {owner: set(scores) for owner, scores in history.cross_site.items()} == {
+        "site-1": set(SITES),
+        "site-2": set(SITES),
+        "site-3": {"site-3"},  # its settings do not let its model travel
+    }
+    assert "mean DSC across sites" in status_text(run_of(mixed, "cross"))
+    whole = [sent for sent in federation.sent if sent[0] == "site-3" and sent[1] == FINAL_MODEL]
+    assert all("error" in json.loads(fobs.loads(reply)["DXO"]["data"]["nnunet_flare"]) for *_, reply in whole)
+
+    # the scores are those of nnU-Net's own prediction with the site's own folder
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_of(mixed, "site-1", "cross")), (0,))
+    raw = mixed / "site-2" / "nnUNet_raw" / "Dataset902_DemoMixed"
+    splits = next((mixed / "site-2" / "nnUNet_preprocessed").glob("federated/*/*/splits_final.json"))
+    dice = []
+    for case in json.loads(splits.read_text())[0]["val"]:
+        image, properties = SimpleITKIO().read_images([str(raw / "imagesTr" / f"{case}_0000.nii.gz")])
+        truth, _ = SimpleITKIO().read_seg(str(raw / "labelsTr" / f"{case}.nii.gz"))
+        found = predictor.predict_single_npy_array(image, properties)
+        for label in (1, 2, 3):
+            a, b = truth[0] == label, found == label
+            dice.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert history.cross_site["site-1"]["site-2"].dsc == pytest.approx(np.mean(dice), abs=1e-6)

@@ -18,22 +18,24 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 
-from nnunet_flare.aggregation.layers import Layers, apply_update, check_layers
+from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.network import Network
 from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
-from nnunet_flare.aggregation.weighted_sum import WeightedSum
-from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError, UpdateError
+from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError
 from nnunet_flare.flare import protocol
-from nnunet_flare.flare.conductor import Participation, RunStoppedError, ask_sites
+from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.coverage import draw_coverage
 from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
-from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory, SiteFinal, SiteRound
+from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory, SiteFinal
 from nnunet_flare.flare.protocol import Message
-from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, site_final, site_round
+from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, site_final
+from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.nnunet.metrics import LabelMetrics
 from nnunet_flare.nnunet.process import NNUNetProcess
+from nnunet_flare.nnunet.schema import dataset_json
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json, write_json
 
@@ -94,7 +96,8 @@ class FederatedTraining(Controller, ABC):
                 shutil.copytree(run_folder / TENSORBOARD_FOLDER, self._folder / "tensorboard", dirs_exist_ok=True)
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        self._fl_ctx, self._abort_signal = fl_ctx, abort_signal
+        self._fl_ctx = fl_ctx
+        self._conductor = Conductor(self, self._federation, fl_ctx, abort_signal, self._say)
         run = process = None
         try:
             local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
@@ -205,6 +208,7 @@ class FederatedTraining(Controller, ABC):
             self._note(phase="validate")
             self._export(layers)
             self._validate(layers)
+            self._score_across_sites()
             self._note(phase="done")
             self._say(f"done: {self._record}")
         self._run.finish()
@@ -231,8 +235,8 @@ class FederatedTraining(Controller, ABC):
         if self._run.has_weights():
             self._sharing = Sharing.from_json(read_json(self._folder / SHARING_FILE))
         members = {*self._training_sites, *(self._sharing.networks if self._sharing else ())}
-        self._min_sites = self._federation.min_sites or len(members)
-        self._require(len(self._training_sites), "sites that train", {})
+        self._conductor.min_sites = self._federation.min_sites or len(members)
+        self._conductor.require(len(self._training_sites), "sites that train", {})
         self._num_cases = {site: self._schemas[site].num_training for site in self._training_sites}
         cases = ", ".join(f"{site} {number} cases" for site, number in self._num_cases.items())
         self._say(f"run {self.run}: {len(self._sites)} sites ({cases})")
@@ -253,20 +257,28 @@ class FederatedTraining(Controller, ABC):
         else:
             self._sharing = self._sharing.joined_by(networks, self._sharing_config)
         write_json(self._folder / SHARING_FILE, self._sharing.to_json())
-        self._names = {site: self._sharing.names_of(site) for site in networks}
-        for site in self._sites.keys() - networks.keys():
-            self._names[site] = self._whole_network(site, opened[site].network)
-        self._shapes = {
-            site: {name: opened[site].network[name].shape for name in names} for site, names in self._names.items()
-        }
         if self._start is None:
             self._start = 0, self._initial_layers()
             self._run.save_global(*self._start)
-        by_cases = self._config.weighting == "cases"
-        self._weights = {site: opened[site].num_training_cases if by_cases else 1 for site in self._training_sites}
+        self._rounds = AveragingRounds(
+            conductor=self._conductor,
+            config=self._config,
+            shares={site: self._share(site, layers) for site, layers in opened.items()},
+            min_cohort=self._sharing_config.min_cohort,
+        )
         millions = sum(array.size for array in self._start[1].values()) / 1e6
         self._say(f"{len(self._start[1])} layers shared, {millions:.1f} million parameters")
         self._report_coverage()
+
+    def _share(self, site: str, opened: SiteLayers) -> SiteShare:
+        role, weight = self._sites[site], 0
+        if role == "train":
+            names = self._sharing.names_of(site)
+            weight = opened.num_training_cases if self._config.weighting == "cases" else 1
+        else:
+            names = self._whole_network(site, opened.network)
+        shapes = {name: opened.network[name].shape for name in names}
+        return SiteShare(role=role, names=names, shapes=shapes, weight=weight)
 
     def _whole_network(self, site: str, network: Network) -> dict[str, str]:
         """Layers of a site that only evaluates: it has none of its own, so all must be shared by those that train."""
@@ -305,13 +317,14 @@ class FederatedTraining(Controller, ABC):
                     "dataset_json": described,
                     "pretrained": self._pretrained(),
                 },
-                cancelled=lambda: self._abort_signal.triggered,
+                cancelled=lambda: self._conductor.abort_signal.triggered,
             )
-            if layers.keys() < names.keys():
+            expected = {name: self._sharing.networks[site][name].shape for name in names}
+            if any(name not in layers or layers[name].shape != shape for name, shape in expected.items()):
                 raise LayerMismatchError(
                     field="layers",
                     expected="those of the architecture that the site told",
-                    found="others",
+                    found="layers of other names or shapes",
                     remedy="use the same trainer and versions at every site and at the server",
                     site=site,
                 )
@@ -341,63 +354,15 @@ class FederatedTraining(Controller, ABC):
         if first:
             self._say(f"continuing with round {first + 1} of {self._config.num_rounds}")
         for round_number in range(first, self._config.num_rounds):
-            layers, record = self._train_round(round_number, layers)
+            layers, record = self._rounds.run(round_number, layers, self._request_content())
+            for reason in record.missing.values():
+                self._say(f"left out of round {record.round}: {reason}")
             self._history = self._history.with_round(record)
             self._history.save(self._record)
             self._run.save_global(round_number + 1, layers)
             self._publish(record)
             self._say(self._history.progress_line(record))
         return layers
-
-    def _train_round(self, round_number: int, layers: Layers) -> tuple[Layers, RoundRecord]:
-        """Federated averaging (McMahan et al. 2017, Algorithm 1): layers down, local epochs, weighted mean."""
-        difference = self._config.update == "difference"
-        wire = {name: array.astype(self._config.wire_dtype, copy=False) for name, array in layers.items()}
-        content = self._request_content() | {"round": round_number, "update": self._config.update}
-        requests = {
-            site: Message(content=content, layers={name: wire[key] for name, key in names.items()})
-            for site, names in self._names.items()
-        }
-        tasks = {"train": protocol.TRAIN, "evaluate": protocol.EVALUATE}
-        total = WeightedSum(total_weight=sum(self._weights.values()))
-        results: dict[str, SiteRound] = {}
-        started = time.monotonic()
-
-        def accept(site: str, reply: Message) -> None:
-            role, seconds = self._sites[site], time.monotonic() - started
-            downloaded = protocol.layer_bytes(requests[site].layers)
-            result = cast(site, reply, lambda content: site_round(role, reply, downloaded, seconds))
-            if role == "train":
-                check_layers(reply.layers, self._shapes[site], site=site)
-                if reply.difference != difference:
-                    raise UpdateError(
-                        field="update",
-                        expected=self._config.update,
-                        found="the other kind of layers",
-                        remedy="remove filters that change the kind of update",
-                        site=site,
-                    )
-                update = {self._names[site][name]: array for name, array in reply.layers.items()}
-                total.add(update, weight=self._weights[site])
-            results[site] = result
-
-        outcome = self._ask(
-            {site: (tasks[role], requests[site]) for site, role in self._sites.items()}, accept, "round"
-        )
-        for error in outcome.failures.values():
-            self._say(f"left out of round {round_number + 1}: {error}")
-        trained = [site for site in results if self._sites[site] == "train"]
-        self._require(len(trained), f"updates in round {round_number + 1}", outcome.failures)
-        record = RoundRecord(
-            round=round_number + 1,
-            sites=results,
-            missing={site: str(error) for site, error in outcome.failures.items()},
-            seconds=time.monotonic() - started,
-        )
-        mean = total.mean(min_sites=self._sharing_config.min_cohort)
-        if waiting := len(layers) - len(mean):
-            self._say(f"{waiting} layers keep their values: too few of the sites that share them have answered")
-        return (apply_update(layers, mean) if difference else {**layers, **mean}), record
 
     def _export(self, layers: Layers) -> None:
         """What the run leaves at the server; before any site's validation can fail."""
@@ -411,8 +376,8 @@ class FederatedTraining(Controller, ABC):
         """Final sync: every site keeps the final model and scores it on its validation cases."""
         content = self._request_content()
         requests = {
-            site: Message(content=content, layers={name: layers[key] for name, key in names.items()})
-            for site, names in self._names.items()
+            site: (protocol.VALIDATE, Message(content=content, layers=share.select(layers)))
+            for site, share in self._rounds.shares.items()
         }
         final: dict[str, SiteFinal] = {}
         before: dict[str, SiteFinal] = {}
@@ -422,11 +387,36 @@ class FederatedTraining(Controller, ABC):
                 before[site] = cast(site, reply, lambda content: site_final(content["cases_before"]))
             final[site] = cast(site, reply, lambda content: site_final(content["cases"]))
 
-        outcome = self._ask({site: (protocol.VALIDATE, requests[site]) for site in self._sites}, accept, "phase")
+        outcome = self._conductor.ask(requests, accept)
         for error in outcome.failures.values():
             self._say(f"no validation: {error}")
         self._note(final=dict(sorted(final.items())), final_before_finetuning=dict(sorted(before.items())))
-        self._require(len(final), "validations of the final model", outcome.failures)
+        self._conductor.require(len(final), "validations of the final model", outcome.failures)
+
+    def _score_across_sites(self) -> None:
+        """Every model that its site lets travel, on every other site's validation cases; the diagonal is known."""
+        if not self._federation.cross_site:
+            return
+        self._note(phase="cross_site")
+        owners = sorted(self._history.final.keys() & set(self._training_sites))
+        self._note(cross_site={owner: self._scores_of_model(owner) for owner in owners})
+
+    def _scores_of_model(self, owner: str) -> dict[str, LabelMetrics]:
+        content, scores = self._request_content(), {owner: self._history.final[owner].foreground}
+        models: dict[str, Message] = {}
+
+        def accept(site: str, reply: Message) -> None:
+            scores[site] = cast(site, reply, lambda content: site_final(content["cases"])).foreground
+
+        outcome = self._conductor.ask({owner: (protocol.FINAL_MODEL, Message(content=content))}, models.__setitem__)
+        if model := models.get(owner):
+            content |= {"dataset_json": dataset_json(self._schemas[owner], self._num_cases[owner])}
+            content |= {"plans": cast(owner, model, lambda content: content["plans"])}
+            request = protocol.SCORE_MODEL, Message(content=content, layers=model.layers)
+            outcome = self._conductor.ask(dict.fromkeys(self._sites.keys() - {owner}, request), accept)
+        for error in outcome.failures.values():
+            self._say(f"no cross-site scores of {owner}'s model: {error}")
+        return scores
 
     # --- asking the sites -----------------------------------------------------------------------------------------
 
@@ -434,47 +424,10 @@ class FederatedTraining(Controller, ABC):
         alignment = self._sharing_config.alignment
         return {"run": self.run, "run_id": self._run_id, "job": self._config.to_json(), "alignment": alignment}
 
-    def _ask(
-        self, requests: Mapping[str, tuple[str, Message]], accept: Callable[[str, Message], None], kind: str
-    ) -> Participation:
-        timeout_s = getattr(self._federation, f"{kind}_timeout_s")
-        return ask_sites(
-            self, requests, accept, timeout_s=timeout_s, fl_ctx=self._fl_ctx, abort_signal=self._abort_signal
-        )
-
-    def _ask_every_site(
-        self,
-        task: str,
-        question: Mapping[str, Any] | None = None,
-        *,
-        layers: Layers | None = None,
-        sites: list[str] | None = None,
-    ) -> dict[str, Message]:
-        """Ask for something that every site must deliver.
-
-        Raises:
-            NNUNetFlareError: the first site's error; all of them are in the server's log.
-        """
-        message = Message(content=self._request_content() | dict(question or {}), layers=layers or {})
-        replies: dict[str, Message] = {}
-        asked = sites or list(self._sites)
-        outcome = self._ask(dict.fromkeys(asked, (task, message)), replies.__setitem__, "phase")
-        for site in sorted(outcome.failures):
-            self._say(f"{task}: {outcome.failures[site]}")
-        if outcome.failures:
-            raise outcome.failures[min(outcome.failures)]
-        return {site: replies[site] for site in asked}
-
-    def _require(self, number: int, what: str, failures: Mapping[str, NNUNetFlareError]) -> None:
-        needed = max(1, getattr(self, "_min_sites", 1))
-        if number < needed:
-            reasons = "; ".join(str(error) for error in failures.values())
-            raise ParticipationError(
-                field=what,
-                expected=f"at least {needed}",
-                found=f"{number} ({reasons})" if reasons else str(number),
-                remedy="mend the sites named, or lower min_sites, then submit again: the run continues from here",
-            )
+    def _ask_every_site(self, task: str, question: Mapping[str, Any] | None = None) -> dict[str, Message]:
+        """Ask all sites the same; each must answer."""
+        message = Message(content=self._request_content() | dict(question or {}))
+        return self._conductor.ask_every(dict.fromkeys(self._sites, (task, message)))
 
     def _publish(self, record: RoundRecord) -> None:
         """FLARE's analytic events, fired here from the replies: TensorBoard and other receivers listen to them."""

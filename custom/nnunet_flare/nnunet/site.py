@@ -49,7 +49,7 @@ class SiteSettings:
         num_augmentation_processes: Augmentation workers; None is 0 on CPU and nnU-Net's choice on GPU.
         num_threads: Threads of torch; None divides the machine's cores by the clients that run on it.
         plans_overrides: Keys of the trained configuration in the plans to replace, such as ``batch_size``.
-        share_model: Let the site's final model travel to the other sites, whole and with its plans, for cross-site scores.
+        share_model: Let the whole final model of this site, and its plans, travel to the other sites to be scored.
         pretrained: nnU-Net checkpoint that the layers which this site does not share start from.
     """
 
