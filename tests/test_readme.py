@@ -33,10 +33,10 @@ def test_every_command_but_make_runs_as_it_stands(tmp_path: Path):
     commands = [f"{command} {smaller}" if " job " in command else command for command in commands]
 
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
-    server = tmp_path / "jobs" / "ffe" / "app" / "config" / "config_fed_server.json"
-    job = json.loads(server.read_text())
-    job["workflows"][0]["args"]["training"] |= {"num_rounds": 1, "iterations_per_epoch": 1}
-    server.write_text(json.dumps(job))
+    for server in (tmp_path / "jobs").glob("*/app/config/config_fed_server.json"):
+        job = json.loads(server.read_text())
+        job["workflows"][0]["args"]["training"] |= {"num_rounds": 1, "iterations_per_epoch": 1}
+        server.write_text(json.dumps(job))
     acdc = tmp_path / "raw" / "Dataset027_ACDC"
     acdc.parent.mkdir()
     write_demo_dataset(tmp_path, "site-1", num_cases=24).rename(acdc)

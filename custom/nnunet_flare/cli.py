@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     job = commands.add_parser("job", help="write a FLARE job folder with your settings")
     job.add_argument("name", help="name of the job and of its run")
+    job.add_argument("--method", choices=("ffe", "asym_fedavg"), default="ffe", help="default: ffe")
     job.add_argument("--out", type=Path, default=Path("jobs"), help="parent folder (default: jobs)")
     job.add_argument("--min-sites", type=int, help="sites that must train in every round (default: all)")
     job.add_argument(
@@ -56,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SETTING=VALUE",
         help="training setting, such as num_rounds=50 or dataset=27; may be given many times",
     )
+    job.add_argument(
+        "--share",
+        dest="sharing",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="what the sites share, such as sharing=cohort or keep_local='[\"norm\"]'; may be given many times",
+    )
+    job.add_argument("--cross-site", action="store_true", help="score every site's model on every site in the end")
     job.set_defaults(command=_job)
 
     split = commands.add_parser("split", help="split a data set into site data sets for the simulator")
@@ -94,13 +104,28 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> int:
+    from nnunet_flare.aggregation.sharing import SharingConfig
     from nnunet_flare.flare.config import FederationConfig
     from nnunet_flare.nnunet.config import TrainingConfig
-    from nnunet_flare.recipe import FFERecipe
+    from nnunet_flare.recipe import AsymFedAvgRecipe, FFERecipe
 
     training = TrainingConfig.from_json(dict(_setting(text) for text in options.settings))
-    federation = FederationConfig(min_sites=options.min_sites)
-    FFERecipe(name=options.name, training=training, federation=federation).export(str(options.out))
+    federation = FederationConfig(min_sites=options.min_sites, cross_site=options.cross_site)
+    sharing = dict(_setting(text) for text in options.sharing)
+    config = SharingConfig.from_json(sharing)
+    if options.method == "asym_fedavg":
+        recipe = AsymFedAvgRecipe(name=options.name, training=training, federation=federation, sharing=config)
+    elif sharing.keys() <= {"keep_local"}:
+        keep_local = config.keep_local
+        recipe = FFERecipe(name=options.name, training=training, federation=federation, keep_local=keep_local)
+    else:
+        raise ConfigError(
+            field="sharing",
+            expected="keep_local alone, for one network is planned and shared",
+            found=", ".join(sharing),
+            remedy="add --method asym_fedavg, or leave the setting out",
+        )
+    recipe.export(str(options.out))
     print(f"wrote {options.out / options.name}")
     return 0
 
