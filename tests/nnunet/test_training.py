@@ -28,7 +28,8 @@ class Site:
         self.training = self.settings | {"job": TrainingConfig(**TINY_TRAINING | TRAINING).to_json()}
 
     def ask(self, command: str, layers=None, **arguments):
-        return self.process.call(command, self.training | {"run": str(self.run)} | arguments, layers)
+        named = {} if command == "plan" else {"alignment": "name"}
+        return self.process.call(command, self.training | {"run": str(self.run)} | named | arguments, layers)
 
     def prepare(self) -> dict[str, np.ndarray]:
         """Plan and preprocess; returns common layers to start from."""
@@ -38,7 +39,7 @@ class Site:
         self.ask("plan", summary=summary["summary"])
         signature = self.ask("prepare")[0]["signature"]
         generator = np.random.default_rng(0)
-        return {name: generator.normal(0, 0.1, shape).astype(np.float32) for name, shape in signature}
+        return {name: generator.normal(0, 0.1, shape).astype(np.float32) for name, shape, _, _ in signature}
 
     def final_checkpoint(self) -> dict:
         return torch.load(self.run / FOLD / "checkpoint_final.pth", weights_only=False)
