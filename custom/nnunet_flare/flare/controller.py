@@ -308,7 +308,7 @@ class FederatedTraining(Controller, ABC):
         initial = {}
         for site, names in self._sharing.donors().items():
             plans, described = self._architecture(site)
-            _, layers = self._process.call(
+            layers = self._call(
                 "initial_layers",
                 {
                     "job": self._config.to_json(),
@@ -317,7 +317,6 @@ class FederatedTraining(Controller, ABC):
                     "dataset_json": described,
                     "pretrained": self._pretrained(),
                 },
-                cancelled=lambda: self._conductor.abort_signal.triggered,
             )
             expected = {name: self._sharing.networks[site][name].shape for name in names}
             if any(name not in layers or layers[name].shape != shape for name, shape in expected.items()):
@@ -331,6 +330,11 @@ class FederatedTraining(Controller, ABC):
             initial |= {key: layers[name] for name, key in names.items()}
         self._process.close()
         return initial
+
+    def _call(self, command: str, arguments: Mapping[str, Any], layers: Layers | None = None) -> Layers:
+        """Have the server's own nnU-Net process do something."""
+        cancelled = self._conductor.abort_signal
+        return self._process.call(command, arguments, layers, cancelled=lambda: cancelled.triggered)[1]
 
     def _pretrained(self) -> str | None:
         if not self._config.pretrained:

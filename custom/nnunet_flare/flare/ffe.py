@@ -98,7 +98,7 @@ class FFEController(FederatedTraining):
     def _export(self, layers: Layers) -> None:
         """The global model, predict-ready, where all of it is shared."""
         if self._sharing.is_complete(self._training_sites[0]):
-            self._process.call(
+            self._call(
                 "export_model",
                 {
                     "job": self._config.to_json(),
@@ -108,6 +108,5 @@ class FFEController(FederatedTraining):
                     "folder": str(self._folder / "model"),
                 },
                 layers,
-                cancelled=lambda: self._abort_signal.triggered,
             )
         super()._export(layers)
