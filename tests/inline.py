@@ -34,6 +34,8 @@ class InlineProcess:
         self._commands = Commands(lambda what, done, total: None)
 
     def call(self, command, arguments, layers=None, *, cancelled=None, progress=None):
+        if cancelled is not None:
+            assert not cancelled()
         with self.turn, mock.patch.dict(os.environ, self._environment):
             content, answer = _answer(self._commands, command, json.loads(json.dumps(arguments)), layers or {})
             self._environment = dict(os.environ)

@@ -109,11 +109,12 @@ class ParticipationError(NNUNetFlareError):
 
 
 def error_from_reply(reply: Mapping[str, object]) -> NNUNetFlareError:
-    """Rebuild the error that a site sent; unknown codes become the root class.
+    """Rebuild the error that a site sent; unknown codes become the root class, and nothing in it steers a terminal.
 
     >>> str(error_from_reply(ConfigError(field="fold", expected="0 to 4", found="7", remedy="fix it").to_reply()))
     'fold: expected 0 to 4, found 7; fix it'
     """
     kinds = {kind.code: kind for kind in NNUNetFlareError.__subclasses__()}
     kind = kinds.get(str(reply.get("code")), NNUNetFlareError)
-    return kind(**{name: str(reply.get(name, ""))[:_MAX_FIELD_CHARS] for name in _REPLY_FIELDS})
+    texts = {name: str(reply.get(name, ""))[:_MAX_FIELD_CHARS] for name in _REPLY_FIELDS}
+    return kind(**{name: "".join(c if c.isprintable() else " " for c in text) for name, text in texts.items()})

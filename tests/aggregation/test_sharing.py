@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_flare.aggregation.network import Layer, block_of, blocks_of
+from nnunet_flare.aggregation.network import Layer, block_of, blocks_of, network_from_json
 from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
 from nnunet_flare.aggregation.weighted_sum import WeightedSum
-from nnunet_flare.errors import ConfigError, LayerMismatchError
+from nnunet_flare.errors import ConfigError, LayerMismatchError, ParticipationError
 
+SITES_1_2 = ("site-1", "site-2")
 BLOCKS = [f"encoder.stages.{stage}.0.convs.0" for stage in range(4)]
 
 
@@ -274,3 +275,38 @@ def test_two_sites_share_the_same_by_cohort_as_in_common(federation):
     )
     for site in pair:
         assert names(common, site) == names(cohort, site)
+
+
+# --- what a site may send -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ["w@1", [2], "weight", ""],
+        ["w", [-1], "weight", ""],
+        ["w", [0], "weight", ""],
+        ["w", [2.0], "weight", ""],
+        ["w", [2**40], "weight", ""],
+        ["w", [2], "convolution", ""],
+        ["w\n", [2], "weight", ""],
+        ["w", [2], "weight", None],
+        [3, [2], "weight", ""],
+        ["known", [2], "weight", ""],
+    ],
+)
+def test_a_layer_that_no_network_has_is_refused(entry):
+    with pytest.raises((ValueError, TypeError)):
+        network_from_json([["known", [2], "weight", ""], entry])
+
+
+def test_donors_are_sites_that_are_there():
+    sharing = Sharing.among(NETWORKS, SharingConfig(sharing="cohort", min_overlap=0))
+    for present in (SITES_1_2, {"site-2", "site-3"}):
+        donors = sharing.donors(present)
+        assert set(donors) <= set(present)
+        assert {key for keys in donors.values() for key in keys.values()} == {
+            key for site in NETWORKS for key in sharing.names_of(site).values()
+        }
+    with pytest.raises(ParticipationError, match="one of site-1, site-2"):
+        sharing.donors({"site-3"})

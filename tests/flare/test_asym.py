@@ -243,3 +243,44 @@ def test_models_that_may_travel_are_scored_on_every_site(mixed: Path, tmp_path: 
             a, b = truth[0] == label, found == label
             dice.append(2 * (a & b).sum() / (a.sum() + b.sum()))
     assert history.cross_site["site-1"]["site-2"].dsc == pytest.approx(np.mean(dice), abs=1e-6)
+
+
+def test_a_site_refuses_a_job_that_asks_for_what_its_settings_keep(mixed: Path, tmp_path: Path, inline: None):
+    settings_of("site-2", tmp_path, keep_local=["norm"])
+    federation = Loopback(tmp_path, SITES[:2])
+    training = MIXED | {"num_rounds": 1}
+    federation.run("asking", training, kind=AsymFedAvgController)
+    assert "site-2: keep_local: expected a job that leaves norm at this site" in federation.panics[0]
+    (reply,) = [reply for site, task, _, reply in federation.sent if (site, task) == ("site-2", TRAIN)]
+    assert "error" in json.loads(fobs.loads(reply)["DXO"]["data"]["nnunet_flare"])
+    federation.run("leaving", training, sharing={"keep_local": ["norm"]}, kind=AsymFedAvgController)
+    assert federation.panics == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_cases": float("inf")},
+        {"dice": {"RV": 10.0**300}},
+        {"dice": {"RV": -0.1}},
+        {"dice": {"\x1b[31mRV": 0.5}},
+        {"train_loss": float("inf")},
+    ],
+)
+def test_a_site_that_reports_what_cannot_be_is_left_out_of_the_round(mixed: Path, tmp_path: Path, inline: None, change):
+    def lie(site, task, reply):
+        if task == TRAIN and site == "site-2":
+            dxo = from_shareable(reply)
+            dxo.meta["nnunet_flare"] = json.dumps(json.loads(dxo.meta["nnunet_flare"]) | change)
+            return dxo.to_shareable()
+        return reply
+
+    federation = Loopback(tmp_path, SITES[:2], lie)
+    federation.run("lies", MIXED | {"num_rounds": 1, "stop_after": None}, kind=AsymFedAvgController)
+    assert re.search("updates in round 1: expected at least 2.*site-2: reply: expected", federation.panics[0])
+
+
+def test_fewer_sites_than_a_group_needs_are_no_federation(mixed: Path, tmp_path: Path, inline: None):
+    federation = Loopback(tmp_path, SITES[:1])
+    federation.run("alone", MIXED, federation={"min_sites": 1}, kind=AsymFedAvgController)
+    assert "sites that train: expected at least 2, found 1" in federation.panics[0]

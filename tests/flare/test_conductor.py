@@ -70,7 +70,7 @@ def test_replies_come_without_layers_which_are_fetched_for_four_sites_at_once(fl
 
     monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
     accepted = {}
-    outcome = flare.conductor().ask(requests(), accepted.__setitem__)
+    outcome = flare.conductor().ask(requests(), accepted.__setitem__, with_layers=True)
     assert set(accepted) == set(SITES)
     assert outcome.failures == {}
     assert most[0] == 4
@@ -86,7 +86,7 @@ def test_a_broken_transfer_is_the_sites_failure_and_no_one_elses(flare: Flare, m
     monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
     asked = requests() | {"site-3": ("train", Message(content={}, layers={"w": np.float32([3.0])}))}
     accepted = {}
-    outcome = flare.conductor().ask(asked, accepted.__setitem__)
+    outcome = flare.conductor().ask(asked, accepted.__setitem__, with_layers=True)
     assert set(accepted) == set(SITES) - {"site-3"}
     error = outcome.failures["site-3"]
     assert isinstance(error, ParticipationError)
@@ -99,14 +99,14 @@ def test_what_accept_refuses_is_the_sites_failure(flare: Flare):
         if site == "site-2":
             raise UpdateError(field="layer w", expected="1", found="2", remedy="look")
 
-    outcome = flare.conductor().ask(requests(SITES[:3]), accept)
+    outcome = flare.conductor().ask(requests(SITES[:3]), accept, with_layers=True)
     assert str(outcome.failures["site-2"]).startswith("site-2: layer w")
     assert set(outcome.seconds) == {"site-1", "site-3"}
 
 
 def test_a_fault_of_our_own_is_raised_and_not_blamed_on_a_site(flare: Flare):
     with pytest.raises(ZeroDivisionError):
-        flare.conductor().ask(requests(SITES[:2]), lambda site, message: 1 / 0)
+        flare.conductor().ask(requests(SITES[:2]), lambda site, message: 1 / 0, with_layers=True)
 
 
 def test_a_stopped_job_ends_the_wait(flare: Flare, monkeypatch):
@@ -118,7 +118,7 @@ def test_a_stopped_job_ends_the_wait(flare: Flare, monkeypatch):
 
     monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
     with pytest.raises(RunStoppedError):
-        flare.conductor().ask(requests(), lambda site, message: None)
+        flare.conductor().ask(requests(), lambda site, message: None, with_layers=True)
 
 
 def test_the_deadline_ends_a_transfer_that_does_not(flare: Flare, monkeypatch):
@@ -128,8 +128,16 @@ def test_the_deadline_ends_a_transfer_that_does_not(flare: Flare, monkeypatch):
         raise RuntimeError("aborted")
 
     monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
-    outcome = flare.conductor(round_timeout_s=1).ask(requests(SITES[:2]), lambda *reply: None, within_round=True)
+    asking = flare.conductor(round_timeout_s=1)
+    outcome = asking.ask(requests(SITES[:2]), lambda *reply: None, within_round=True, with_layers=True)
     assert set(outcome.failures) == {"site-1", "site-2"}
+    assert "the deadline before all were fetched" in str(outcome.failures["site-1"])
+
+
+def test_layers_that_nobody_asked_for_are_refused_before_they_are_fetched(flare: Flare, monkeypatch):
+    monkeypatch.setattr(conductor, "materialize_lazy_download_refs", lambda *arguments: pytest.fail("fetched"))
+    outcome = flare.conductor().ask(requests(SITES[:2]), lambda *reply: None)
+    assert "found layers that nobody asked for" in str(outcome.failures["site-2"])
 
 
 def test_a_silent_site_is_named_with_the_deadline(flare: Flare):

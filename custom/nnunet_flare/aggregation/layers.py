@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 
 from nnunet_flare.errors import UpdateError
 
-__all__ = ["LayerUpdate", "Layers", "Signature", "apply_update", "check_layers"]
+__all__ = ["Layers", "Signature", "apply_update", "check_layers"]
 
 Layers = Mapping[str, NDArray[np.float32]]
 """Canonical layer name -> float32 array."""
-LayerUpdate = Layers
 Signature = Mapping[str, tuple[int, ...]]
 """Canonical layer name -> shape."""
 
@@ -61,7 +60,7 @@ def _error(name: str, expected: str, found: str, site: str) -> UpdateError:
     )
 
 
-def apply_update(layers: Layers, update: LayerUpdate) -> dict[str, NDArray[np.float32]]:
+def apply_update(layers: Layers, update: Layers) -> dict[str, NDArray[np.float32]]:
     """``layers`` plus ``update``; layers that the update does not name stay as they are.
 
     >>> apply_update({"w": np.float32([1, 2]), "b": np.float32([0])}, {"w": np.float32([1, 1])})["w"]

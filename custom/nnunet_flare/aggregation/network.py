@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +68,13 @@ def network_from_json(layers: Iterable[Any]) -> dict[str, Layer]:
     Raises:
         ValueError, TypeError: another form.
     """
-    network = {}
+    network: dict[str, Layer] = {}
     for name, shape, kind, meaning in layers:
-        if kind not in KINDS or not (isinstance(name, str) and isinstance(meaning, str)):
-            raise ValueError(kind)
-        network[name] = Layer(shape=tuple(map(int, shape)), kind=kind, meaning=meaning)
+        named = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name) and name not in network
+        sized = all(type(size) is int and 0 < size < 2**31 for size in shape)
+        if not named or not sized or kind not in KINDS or not isinstance(meaning, str):
+            raise ValueError("a layer that no network has")
+        network[name] = Layer(shape=tuple(shape), kind=kind, meaning=meaning)
     if not network:
         raise ValueError("no layers")
     return network

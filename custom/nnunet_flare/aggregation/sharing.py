@@ -8,7 +8,7 @@ Algorithm 1: C(S)); ``cohort`` shares every block within each group of sites tha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from nnunet_flare.aggregation.network import (
     network_from_json,
     network_to_json,
 )
-from nnunet_flare.errors import ConfigError, LayerMismatchError
+from nnunet_flare.errors import ConfigError, LayerMismatchError, ParticipationError
 
 __all__ = ["SharedBlock", "Sharing", "SharingConfig"]
 
@@ -199,11 +199,26 @@ class Sharing:
         """Layer name at ``site`` -> name of its value at the server, for every layer that the site shares."""
         return {name: key for block in self._blocks_of(site) for name, key in block.server_names().items()}
 
-    def donors(self) -> dict[str, dict[str, str]]:
-        """Site -> (layer name -> server's name) of the layers whose initial values its architecture gives."""
+    def donors(self, present: Collection[str]) -> dict[str, dict[str, str]]:
+        """Site -> (layer name -> server's name) of the layers whose initial values its architecture gives.
+
+        Args:
+            present: Sites to choose from.
+
+        Raises:
+            ParticipationError: none of them holds some layer; names the sites that do.
+        """
         found: dict[str, dict[str, str]] = {}
         for block in self.blocks:
-            found.setdefault(block.sites[0], {}).update(block.server_names())
+            holders = [site for site in block.sites if site in present]
+            if not holders:
+                raise ParticipationError(
+                    field=f"layers {block_of(next(iter(block.layers)))}",
+                    expected=f"one of {', '.join(block.sites)}, which hold them",
+                    found="none of these sites",
+                    remedy="submit the job again when one of them is connected",
+                )
+            found.setdefault(holders[0], {}).update(block.server_names())
         return {site: keys for site, keys in found.items() if keys}
 
     def is_complete(self, site: str) -> bool:
@@ -233,15 +248,16 @@ class Sharing:
         return [block for block in self.blocks if site in block.sites]
 
     def _check_overlap(self, least: float) -> None:
-        for site, covered in self.coverage().items():
-            if covered["shared"] == 0 or covered["shared"] < least:
-                raise _mismatch(
-                    "shared layers",
-                    f"at least {least:.0%} of the site's parameters, and more than none",
-                    f"{covered['shared']:.1%}",
-                    "align by resolution, share by cohort, give it plans nearer to the others', or lower min_overlap",
-                    site,
-                )
+        shares = {site: covered["shared"] for site, covered in self.coverage().items()}
+        site = min(shares, key=lambda name: shares[name])
+        if shares[site] == 0 or shares[site] < least:
+            raise _mismatch(
+                "shared layers",
+                f"at least {least:.0%} of each site's parameters, and more than none",
+                ", ".join(f"{share:.1%} at {name}" for name, share in shares.items()),
+                "align by resolution, share by cohort, give the sites nearer plans, or lower min_overlap",
+                site,
+            )
 
     def to_json(self) -> dict[str, Any]:
         networks = {site: network_to_json(network) for site, network in self.networks.items()}

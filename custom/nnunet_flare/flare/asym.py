@@ -18,8 +18,8 @@ __all__ = ["AsymFedAvgController"]
 class AsymFedAvgController(FederatedTraining):
     """AsymFedAvg (Skorupko et al., Scientific Reports 15:38312, 2025, Algorithm 1), and sharing by cohorts.
 
-    Every site plans from its own fingerprint, which it keeps. Only layers that are shared travel, in both directions;
-    the server never has a whole model.
+    Every site plans from its own fingerprint, which it keeps. In the rounds only layers that are shared travel, in both
+    directions; the server has no whole model, but for cross-site scores those that their sites let travel.
 
     Args:
         run: Name of the run; a run of the same name that has not finished is continued.
@@ -51,7 +51,8 @@ class AsymFedAvgController(FederatedTraining):
         self._plans = {site: cast(site, reply, parse) for site, reply in replies.items()}
         for site, plans in self._plans.items():
             architecture = plans["configurations"][self._config.configuration]["architecture"]["arch_kwargs"]
-            self._say(f"{site} plans {architecture.get('n_stages')} stages, kernels {architecture.get('kernel_sizes')}")
+            stages, kernels = architecture.get("n_stages"), architecture.get("kernel_sizes")
+            self._say(f"{site} plans {stages!r} stages, kernels {kernels!r}"[:200])
 
     def _architecture(self, site: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         return self._plans[site], dataset_json(self._schemas[site], self._num_cases[site])

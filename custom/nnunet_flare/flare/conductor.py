@@ -99,7 +99,12 @@ class Conductor:
             )
 
     def ask(
-        self, requests: Requests, accept: Callable[[str, Message], None], *, within_round: bool = False
+        self,
+        requests: Requests,
+        accept: Callable[[str, Message], None],
+        *,
+        within_round: bool = False,
+        with_layers: bool = False,
     ) -> Participation:
         """Send each site its own request and hand each reply on as it arrives, one at a time.
 
@@ -110,6 +115,7 @@ class Conductor:
         Args:
             requests: Site -> task name and message.
             accept: Called with site and reply; an ``NNUNetFlareError`` that it raises counts as the site's failure.
+            with_layers: Replies may bring layers; others that do are refused before anything is fetched.
             within_round: The deadline is that of a round; a site that has not answered by then is a failure.
 
         Raises:
@@ -127,7 +133,8 @@ class Conductor:
 
         def take(site: str, reply: Shareable) -> None:
             try:
-                message = read_message(reply, sender=site, fetch=partial(_fetch, cell=cell, site=site, give_up=give_up))
+                fetch = partial(_fetch, cell=cell, site=site, give_up=give_up) if with_layers else None
+                message = read_message(reply, sender=site, fetch=fetch)
                 with accepting:
                     accept(site, message)
                 outcome.seconds[site] = time.monotonic() - started
@@ -182,10 +189,11 @@ def _fetch(layers: dict[str, Any], *, cell: Cell, site: str, give_up: Signal) ->
     try:
         return materialize_lazy_download_refs(layers, cell, give_up)
     except Exception as error:  # whatever FLARE raises, and whatever the site sent
+        late = "the deadline before all were fetched" if give_up.triggered else "a broken transfer"
         raise ParticipationError(
             field="layers",
             expected="the layers that the site announced",
-            found=f"a broken transfer ({type(error).__name__})",
+            found=f"{late} ({type(error).__name__})",
             remedy="see whether the site is connected; it takes part in the next round again",
             site=site,
             local_detail=str(error),

@@ -7,6 +7,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.network import Network
 from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
-from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError
+from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import FederationConfig
@@ -235,8 +236,9 @@ class FederatedTraining(Controller, ABC):
         if self._run.has_weights():
             self._sharing = Sharing.from_json(read_json(self._folder / SHARING_FILE))
         members = {*self._training_sites, *(self._sharing.networks if self._sharing else ())}
-        self._conductor.min_sites = self._federation.min_sites or len(members)
-        self._conductor.require(len(self._training_sites), "sites that train", {})
+        self._conductor.min_sites = max(self._federation.min_sites or len(members), self._sharing_config.min_cohort)
+        absent = {site: _absent(site) for site in sorted(members - set(self._training_sites))}
+        self._conductor.require(len(self._training_sites), "sites that train", absent)
         self._num_cases = {site: self._schemas[site].num_training for site in self._training_sites}
         cases = ", ".join(f"{site} {number} cases" for site, number in self._num_cases.items())
         self._say(f"run {self.run}: {len(self._sites)} sites ({cases})")
@@ -249,7 +251,10 @@ class FederatedTraining(Controller, ABC):
         if self._start is None:
             self._process.start()  # imports torch while the sites preprocess
         replies = self._ask_every_site(protocol.LAYER_SIGNATURE)
-        opened = {site: cast(site, reply, SiteLayers.parse) for site, reply in replies.items()}
+        opened = {
+            site: cast(site, reply, partial(SiteLayers.parse, self._schemas[site].num_training))
+            for site, reply in replies.items()
+        }
         networks = {site: opened[site].network for site in self._training_sites}
         self._check_networks(networks)
         if self._sharing is None:
@@ -278,7 +283,8 @@ class FederatedTraining(Controller, ABC):
         else:
             names = self._whole_network(site, opened.network)
         shapes = {name: opened.network[name].shape for name in names}
-        return SiteShare(role=role, names=names, shapes=shapes, weight=weight)
+        labels = self._schemas[site].labels.keys()
+        return SiteShare(role=role, names=names, shapes=shapes, weight=weight, labels=labels)
 
     def _whole_network(self, site: str, network: Network) -> dict[str, str]:
         """Layers of a site that only evaluates: it has none of its own, so all must be shared by those that train."""
@@ -306,7 +312,7 @@ class FederatedTraining(Controller, ABC):
     def _initial_layers(self) -> dict[str, np.ndarray]:
         """Every shared layer as it is in a fresh network of its first site: all sites start from the same values."""
         initial = {}
-        for site, names in self._sharing.donors().items():
+        for site, names in self._sharing.donors(self._training_sites).items():
             plans, described = self._architecture(site)
             layers = self._call(
                 "initial_layers",
@@ -361,6 +367,8 @@ class FederatedTraining(Controller, ABC):
             layers, record = self._rounds.run(round_number, layers, self._request_content())
             for reason in record.missing.values():
                 self._say(f"left out of round {record.round}: {reason}")
+            if record.unchanged_layers:
+                self._say(f"{record.unchanged_layers} layers keep their values: too few of their sites have answered")
             self._history = self._history.with_round(record)
             self._history.save(self._record)
             self._run.save_global(round_number + 1, layers)
@@ -387,9 +395,10 @@ class FederatedTraining(Controller, ABC):
         before: dict[str, SiteFinal] = {}
 
         def accept(site: str, reply: Message) -> None:
+            labels = self._schemas[site].labels
             if "cases_before" in reply.content:
-                before[site] = cast(site, reply, lambda content: site_final(content["cases_before"]))
-            final[site] = cast(site, reply, lambda content: site_final(content["cases"]))
+                before[site] = cast(site, reply, lambda content: site_final(content["cases_before"], labels))
+            final[site] = cast(site, reply, lambda content: site_final(content["cases"], labels))
 
         outcome = self._conductor.ask(requests, accept)
         for error in outcome.failures.values():
@@ -402,22 +411,28 @@ class FederatedTraining(Controller, ABC):
         if not self._federation.cross_site:
             return
         self._note(phase="cross_site")
-        owners = sorted(self._history.final.keys() & set(self._training_sites))
-        self._note(cross_site={owner: self._scores_of_model(owner) for owner in owners})
+        for owner in sorted(self._history.final.keys() & set(self._training_sites)):
+            scores = self._scores_of_model(owner)
+            self._note(cross_site={**self._history.cross_site, owner: scores})
 
     def _scores_of_model(self, owner: str) -> dict[str, LabelMetrics]:
         content, scores = self._request_content(), {owner: self._history.final[owner].foreground}
-        models: dict[str, Message] = {}
+        described = dataset_json(self._schemas[owner], self._num_cases[owner])
+        models: list[Message] = []
 
-        def accept(site: str, reply: Message) -> None:
-            scores[site] = cast(site, reply, lambda content: site_final(content["cases"])).foreground
+        def accept_model(site: str, reply: Message) -> None:
+            plans = cast(site, reply, lambda content: dict(content["plans"]))
+            models.append(Message(content=content | {"plans": plans, "dataset_json": described}, layers=reply.layers))
 
-        outcome = self._conductor.ask({owner: (protocol.FINAL_MODEL, Message(content=content))}, models.__setitem__)
-        if model := models.get(owner):
-            content |= {"dataset_json": dataset_json(self._schemas[owner], self._num_cases[owner])}
-            content |= {"plans": cast(owner, model, lambda content: content["plans"])}
-            request = protocol.SCORE_MODEL, Message(content=content, layers=model.layers)
-            outcome = self._conductor.ask(dict.fromkeys(self._sites.keys() - {owner}, request), accept)
+        def accept_scores(site: str, reply: Message) -> None:
+            final = cast(site, reply, lambda content: site_final(content["cases"], self._schemas[site].labels))
+            scores[site] = final.foreground
+
+        asked = {owner: (protocol.FINAL_MODEL, Message(content=content))}
+        outcome = self._conductor.ask(asked, accept_model, with_layers=True)
+        for model in models:
+            others = dict.fromkeys(self._sites.keys() - {owner}, (protocol.SCORE_MODEL, model))
+            outcome = self._conductor.ask(others, accept_scores)
         for error in outcome.failures.values():
             self._say(f"no cross-site scores of {owner}'s model: {error}")
         return scores
@@ -442,6 +457,12 @@ class FederatedTraining(Controller, ABC):
         for tag, value in values.items():
             dxo = create_analytic_dxo(prefix + tag, value, AnalyticsDataType.SCALAR, global_step=record.round)
             send_analytic_dxo(self, dxo, self._fl_ctx)
+
+
+def _absent(site: str) -> ParticipationError:
+    return ParticipationError(
+        field="job", expected="the sites that the run began with", found="not connected", remedy="start it", site=site
+    )
 
 
 def _check_versions(versions: Mapping[str, Mapping[str, str]]) -> None:

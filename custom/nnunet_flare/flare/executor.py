@@ -156,9 +156,7 @@ class NNUNetExecutor(Executor):
         return calls.run("evaluate", **calls.training(), round_number=request.content["round"])
 
     def _validate(self, request: Message, calls: Calls) -> Message:
-        reply = calls.run("validate", **calls.training())
-        self._run.finish()
-        return reply
+        return calls.run("validate", **calls.training())
 
     def _final_model(self, request: Message, calls: Calls) -> Message:
         return calls.run("final_model", **calls.training())

@@ -72,11 +72,20 @@ class SiteRound:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """One finished round; ``round`` counts from 1, ``missing`` maps a site that did not answer to the reason."""
+    """One finished round.
+
+    Args:
+        round: Counted from 1.
+        sites: Site -> its part.
+        missing: Site that did not answer -> the reason.
+        unchanged_layers: Layers that keep their values, for too few of the sites that share them have answered.
+        seconds: From the first request to the last reply.
+    """
 
     round: int
     sites: Mapping[str, SiteRound]
     missing: Mapping[str, str] = field(default_factory=dict)
+    unchanged_layers: int = 0
     seconds: float
 
     @property

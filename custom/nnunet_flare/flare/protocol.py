@@ -87,12 +87,12 @@ class Message:
 
 
 def read_message(
-    shareable: Shareable, *, sender: str, fetch: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    shareable: Shareable, *, sender: str, fetch: Callable[[dict[str, Any]], dict[str, Any]] | None = dict
 ) -> Message:
     """Check and cast what FLARE delivered.
 
     Args:
-        fetch: Replaces what FLARE delivered in the place of the arrays by the arrays.
+        fetch: Replaces what FLARE delivered in the place of the arrays by the arrays; None where none are expected.
 
     Raises:
         NNUNetFlareError: the error that the sender reported.
@@ -117,7 +117,9 @@ def read_message(
         raise _foreign(type(error).__name__, sender) from error
     if not isinstance(content, dict):
         raise _foreign(type(content).__name__, sender)
-    layers = fetch(dict(layers))  # a copy, for FLARE keeps hold of the shareable
+    if layers and fetch is None:
+        raise _foreign("layers that nobody asked for", sender)
+    layers = fetch(dict(layers)) if fetch else {}  # a copy, for FLARE keeps hold of the shareable
     # FLARE delivers an array without axes as a NumPy scalar.
     layers = {name: np.asarray(array) if isinstance(array, np.floating) else array for name, array in layers.items()}
     for name, array in layers.items():

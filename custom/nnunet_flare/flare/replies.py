@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ def cast(site: str, reply: Message, parse: Callable[[Mapping[str, Any]], T]) -> 
     except NNUNetFlareError as error:
         error.site = site
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UpdateError(
             field="reply",
             expected="the content of this version's protocol",
@@ -86,19 +87,24 @@ class SiteLayers:
     num_training_cases: int
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any]) -> SiteLayers:
-        number = int(content["num_training_cases"])
-        if number < 1:
-            raise ValueError(number)
+    def parse(cls, num_training: int, content: Mapping[str, Any]) -> SiteLayers:
+        """``num_training`` is what the site said of its data set before."""
+        number = content["num_training_cases"]
+        if type(number) is not int or not 1 <= number <= num_training:
+            raise ValueError("a number of training cases that the data set does not have")
         return cls(network=network_from_json(content["signature"]), num_training_cases=number)
 
 
-def site_round(role: str, reply: Message, download_bytes: int, seconds: float) -> SiteRound:
+def site_round(role: str, labels: Collection[str], reply: Message, *, download_bytes: int, seconds: float) -> SiteRound:
+    """A site's scores of a round; ``labels`` are those of its schema."""
     content = reply.content
+    loss = float(content.get("train_loss", "nan"))
+    if math.isinf(loss) or type(content["num_cases"]) is not int:
+        raise ValueError("no finite loss, or no number of cases")
     return SiteRound(
-        dice={str(label): float(value) for label, value in content["dice"].items()},
-        train_loss=float(content.get("train_loss", "nan")),
-        num_cases=int(content["num_cases"]),
+        dice={_known(label, labels): _score(value, most=1) for label, value in content["dice"].items()},
+        train_loss=loss,
+        num_cases=content["num_cases"],
         upload_bytes=layer_bytes(reply.layers),
         download_bytes=download_bytes,
         seconds=seconds,
@@ -106,13 +112,25 @@ def site_round(role: str, reply: Message, download_bytes: int, seconds: float) -
     )
 
 
-def site_final(cases: Sequence[Any]) -> SiteFinal:
-    scored = tuple(
-        {
-            str(label): LabelMetrics(**{name: float(value) for name, value in scores.items()})
-            for label, scores in case.items()
-        }
-        for case in cases
-    )
-    labels, foreground = mean_metrics(scored)
-    return SiteFinal(num_cases=len(scored), labels=labels, foreground=foreground, cases=scored)
+def site_final(cases: Sequence[Any], labels: Collection[str]) -> SiteFinal:
+    """A site's scores of each case; ``labels`` are those of its schema."""
+    scored = tuple({_known(label, labels): _metrics(**scores) for label, scores in case.items()} for case in cases)
+    means, foreground = mean_metrics(scored)
+    return SiteFinal(num_cases=len(scored), labels=means, foreground=foreground, cases=scored)
+
+
+def _metrics(*, dsc: Any, hd95_mm: Any, nsd: Any) -> LabelMetrics:
+    return LabelMetrics(dsc=_score(dsc, most=1), hd95_mm=_score(hd95_mm, most=1e9), nsd=_score(nsd, most=1))
+
+
+def _score(value: Any, *, most: float) -> float:
+    number = float(value)
+    if not (math.isnan(number) or 0 <= number <= most):
+        raise ValueError("a score out of range")
+    return number
+
+
+def _known(label: str, labels: Collection[str]) -> str:
+    if label not in labels:
+        raise ValueError("a label that the site's schema does not have")
+    return label

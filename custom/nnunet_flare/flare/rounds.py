@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,14 @@ class SiteShare:
         names: Its layer -> the name of that layer's value at the server.
         shapes: Its layer -> shape.
         weight: Of its update in the mean.
+        labels: That it may report scores of.
     """
 
     role: str
     names: Mapping[str, str]
     shapes: Signature
     weight: int
+    labels: Collection[str]
 
     def select(self, layers: Layers) -> Layers:
         """What the site gets of the server's values, by its own names."""
@@ -81,7 +83,11 @@ class AveragingRounds:
         def accept(site: str, reply: Message) -> None:
             share, seconds = self.shares[site], time.monotonic() - started
             downloaded = protocol.layer_bytes(requests[site].layers)
-            result = cast(site, reply, lambda content: site_round(share.role, reply, downloaded, seconds))
+            result = cast(
+                site,
+                reply,
+                lambda content: site_round(share.role, share.labels, reply, download_bytes=downloaded, seconds=seconds),
+            )
             if share.role == "train":
                 check_layers(reply.layers, share.shapes, site=site)
                 if reply.difference != difference:
@@ -99,14 +105,16 @@ class AveragingRounds:
             {site: (tasks[share.role], requests[site]) for site, share in self.shares.items()},
             accept,
             within_round=True,
+            with_layers=True,
         )
         trained = [site for site in results if self.shares[site].role == "train"]
         self.conductor.require(len(trained), f"updates in round {round_number + 1}", outcome.failures)
+        mean = total.mean(min_sites=self.min_cohort)
         record = RoundRecord(
             round=round_number + 1,
             sites=results,
+            unchanged_layers=len(layers) - len(mean),
             missing={site: str(error) for site, error in outcome.failures.items()},
             seconds=time.monotonic() - started,
         )
-        mean = total.mean(min_sites=self.min_cohort)
         return (apply_update(layers, mean) if difference else {**layers, **mean}), record

@@ -133,7 +133,7 @@ class Commands:
     ) -> dict[str, Any]:
         """The online score of the layers received; nothing is trained."""
         training = self._open(settings, job, run, alignment)
-        training.stepper.load_layers(layers)
+        training.receive(layers)
         training.stepper.begin_round(round_number, reset_momentum=False)
         return training.describe(training.stepper.evaluate())
 
@@ -147,7 +147,7 @@ class Commands:
         """
         training = self._open(settings, job, run, alignment)
         training.resume(training.config.num_rounds)
-        training.stepper.load_layers(layers)
+        training.receive(layers)
         training.stepper.begin_round(training.config.num_rounds, reset_momentum=False)
         answer = {}
         if training.finetune_epochs:

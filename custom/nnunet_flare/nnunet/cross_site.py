@@ -11,14 +11,14 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_flare.errors import DatasetError
+from nnunet_flare.errors import DatasetError, LayerMismatchError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import RawDataset
 from nnunet_flare.nnunet.evaluate import CaseMetrics, foreground_labels
 from nnunet_flare.nnunet.metrics import segmentation_metrics
 from nnunet_flare.nnunet.model import build_network, mirroring_axes
 from nnunet_flare.nnunet.network_plan import check_classes
-from nnunet_flare.nnunet.weights import write_layers
+from nnunet_flare.nnunet.weights import canonical_tensors, write_layers
 
 __all__ = ["score_foreign_model"]
 
@@ -68,6 +68,13 @@ def score_foreign_model(
             remedy="leave this pair out: these sites segment different things",
         )
     network = build_network(config, plans, dataset_json, deep_supervision=False).to(device).eval()
+    if layers.keys() != (expected := canonical_tensors(network).keys()):
+        raise LayerMismatchError(
+            field="cross-site model",
+            expected=f"all {len(expected)} layers of the network that its plans describe",
+            found=f"{len(layers.keys() & expected)} of them, and {len(layers.keys() - expected)} others",
+            remedy="run the same version of nnunet-flare at every site",
+        )
     write_layers(network, layers)
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False)
     manager = PlansManager(dict(plans))

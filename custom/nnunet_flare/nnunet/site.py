@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class SiteSettings:
         num_augmentation_processes: Augmentation workers; None is 0 on CPU and nnU-Net's choice on GPU.
         num_threads: Threads of torch; None divides the machine's cores by the clients that run on it.
         plans_overrides: Keys of the trained configuration in the plans to replace, such as ``batch_size``.
+        keep_local: Kinds of layers and regular expressions, as in ``SharingConfig``; a job that asks for such a layer
+            is refused here, whatever the server says.
         share_model: Let the whole final model of this site, and its plans, travel to the other sites to be scored.
         pretrained: nnU-Net checkpoint that the layers which this site does not share start from.
     """
@@ -66,6 +68,7 @@ class SiteSettings:
     num_threads: int | None = None
     plans_overrides: Mapping[str, Any] = field(default_factory=dict)
     pretrained: Path | None = None
+    keep_local: Sequence[str] = ()
     share_model: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class SiteSettings:
             value = getattr(self, name)
             if not ((type(value) is int and value >= least) or (value is None and name != "num_processes")):
                 raise self._error(name, f"a whole number from {least} on", repr(value))
+        if isinstance(self.keep_local, str) or not all(isinstance(item, str) and item for item in self.keep_local):
+            raise self._error("keep_local", "a list of kinds and regular expressions", repr(self.keep_local))
         if type(self.share_model) is not bool:
             raise self._error("share_model", "true or false", repr(self.share_model))
         if not isinstance(self.plans_overrides, Mapping):

@@ -251,7 +251,7 @@ class TrainerStepper:
                 field=f"checkpoint {file.name}",
                 expected="the state of an earlier round",
                 found=type(error).__name__,
-                remedy="remove the file; the site then continues with fresh momentum",
+                remedy="remove the file; the site goes on from the one before, or with fresh momentum and local layers",
                 local_detail=str(error),
             ) from error
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from nnunet_flare.aggregation.network import Layer
+from nnunet_flare.aggregation.sharing import SharingConfig
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.evaluate import foreground_labels
@@ -77,7 +78,7 @@ class SiteTraining:
             alignment=self._alignment,
             freeze=config.freeze,
         )
-        if self._site.pretrained:
+        if self._site.pretrained and not self._saved_rounds():
             file, site = self._site.pretrained, self._site.site
             load_pretrained(self.stepper.network, file, alignment=self._alignment, whole=False, site=site)
         self._last_round: int | None = None
@@ -96,9 +97,30 @@ class SiteTraining:
         files = self._checkpoints.glob("round_*.pt")
         return {int(match[1]): file for file in files if (match := _CHECKPOINT.fullmatch(file.name))}
 
+    def receive(self, layers: Layers) -> None:
+        """Take in layers that a round begins with.
+
+        Raises:
+            ConfigError: among them are some that this site's settings keep here.
+        """
+        if self._site.keep_local:
+            kept = SharingConfig(keep_local=self._site.keep_local).local_layers({self._site.site: self.network()})
+            if wanted := sorted(kept & layers.keys()):
+                raise ConfigError(
+                    field="keep_local",
+                    expected=f"a job that leaves {', '.join(self._site.keep_local)} at this site, as its settings say",
+                    found=f"a request for {len(wanted)} such layers, {wanted[0]} among them",
+                    remedy="add keep_local to the job, or take it from the site's settings",
+                    site=self._site.site,
+                )
+        self.stepper.load_layers(layers)
+
     def train(self, round_number: int, layers: Layers, progress: Callable[[int, int], None]) -> tuple[Score, float]:
         self.resume(round_number)
-        self.stepper.load_layers(layers)
+        self.receive(layers)
+        if round_number and self._last_round is None:
+            own = self.network().keys() - layers.keys()
+            print(f"no checkpoint of an earlier round here: fresh momentum, and {len(own)} local layers start anew")
         self.stepper.begin_round(round_number, reset_momentum=self.config.momentum == "reset")
         with proximal_term(self.stepper.network, layers, mu=self.config.prox_mu, alignment=self._alignment):
             result = self.stepper.train_round(progress)
@@ -114,6 +136,8 @@ class SiteTraining:
         """Canonical name -> what the layer is, with the site's own channels and labels."""
         channels = self._dataset_json["channel_names"]
         outputs = list(foreground_labels(self._dataset_json))
+        if not self.stepper.trainer.label_manager.has_regions:
+            outputs = ["background", *outputs]
         return self.stepper.describe(channels=[channels[index] for index in sorted(channels, key=int)], outputs=outputs)
 
     @property

@@ -78,7 +78,7 @@ def describe_network(
         network: A site's network.
         alignment: As for ``canonical_tensors``.
         channels: Names of the input channels, in order.
-        outputs: Labels or regions of the network's outputs, in order.
+        outputs: Labels or regions of the network's outputs, in order, background among them where it is an output.
     """
     tensors = canonical_tensors(network, alignment=alignment)
     of_norms = [
@@ -89,11 +89,12 @@ def describe_network(
     ]
     everything = canonical_names([*dict(network.named_parameters()), *of_norms], alignment=alignment)
     norms = {everything[name] for name in of_norms}
-    first, last = block_of(next(iter(tensors))), block_of(list(tensors)[-1])
+    trained = list(canonical_names(dict(network.named_parameters()), alignment=alignment).values())
+    first, last = block_of(trained[0]), block_of(trained[-1])
 
     def describe(name: str, shape: tuple[int, ...]) -> Layer:
         owner, leaf = block_of(name), name.rpartition(".")[2]
-        if ".seg_layers." in name or (owner == last and shape[0] == len(outputs)):
+        if ".seg_layers." in name or (owner == last and shape[:1] == (len(outputs),)):
             return Layer(shape=shape, kind="head", meaning=json.dumps(["labels", *outputs]))
         if name in norms:
             return Layer(shape=shape, kind="norm")
