@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,7 +63,13 @@ def main() -> None:
         for num_sites in options.sites:
             for title, server in (("nnunet-flare", "TrainRounds"), ("FedAvg", "StockRounds")):
                 folder = Path(scratch, f"{server}-{num_sites}")
-                write_job(folder, server, num_sites, options.rounds, shapes)
+                common = {"folder": str(folder), "num_rounds": options.rounds}
+                write_job(
+                    folder,
+                    num_sites,
+                    server={"path": f"aggregate.{server}", "args": common | {"shapes": str(shapes)}},
+                    site={"path": "aggregate.Echo", "args": common | {"num_sites": num_sites}},
+                )
                 result = run(folder, num_sites)
                 models = (result["peak"] - result["before"]) / model_bytes
                 target = MODELS_ALLOWED + num_sites
@@ -75,26 +81,24 @@ def main() -> None:
     print(f"\ntarget: {MODELS_ALLOWED} models and one for every reply in flight")
 
 
-def write_shapes(file: str) -> int:
+def write_shapes(file: str, *, unique: bool = True) -> int:
+    """Shapes of the network's unique tensors, or of every entry of its ``state_dict()``; returns their bytes."""
     from wire import full_size_network
 
-    layers, _ = full_size_network()
+    layers = full_size_network()[0 if unique else 1]
     Path(file).write_text(json.dumps({name: array.shape for name, array in layers.items()}))
     return sum(array.nbytes for array in layers.values())
 
 
-def write_job(folder: Path, server: str, num_sites: int, num_rounds: int, shapes: Path) -> None:
-    """A FLARE job whose components are the classes below; the job carries this file."""
-    common = {"folder": str(folder), "num_rounds": num_rounds}
+def write_job(folder: Path, num_sites: int, *, server: Any, site: Any, modules: Sequence[str] = ("aggregate",)) -> None:
+    """A FLARE job of one workflow and one executor (path and args); the job carries the modules that they are in."""
     configs = {
         "server": {
-            "workflows": [{"id": "rounds", "path": f"aggregate.{server}", "args": common | {"shapes": str(shapes)}}],
+            "workflows": [{"id": "rounds", **server}],
             "server": {"task_request_interval": 0.2},
         },
         "client": {
-            "executors": [
-                {"tasks": [TRAIN], "executor": {"path": "aggregate.Echo", "args": common | {"num_sites": num_sites}}}
-            ],
+            "executors": [{"tasks": [TRAIN], "executor": site}],
             "get_task_timeout": float(LIMIT_S),
             "submit_task_result_timeout": float(LIMIT_S),
         },
@@ -105,7 +109,8 @@ def write_job(folder: Path, server: str, num_sites: int, num_rounds: int, shapes
     for side, config in configs.items():
         config |= {"format_version": 2, "components": [], "task_data_filters": [], "task_result_filters": []}
         (app / "config" / f"config_fed_{side}.json").write_text(json.dumps(config))
-    (app / "custom" / "aggregate.py").write_text(Path(__file__).read_text())
+    for module in modules:
+        (app / "custom" / f"{module}.py").write_text(Path(__file__).with_name(f"{module}.py").read_text())
     meta = {"name": "aggregate", "min_clients": num_sites, "deploy_map": {"app": ["@ALL"]}}
     (folder / "job" / "meta.json").write_text(json.dumps(meta))
 
@@ -152,8 +157,9 @@ class Notes:
         self._notes |= {"seconds": [], "rounds": list(range(num_rounds))}
         self.add()
 
-    def add(self, *seconds: float) -> None:
-        self._notes["seconds"] += seconds
+    def add(self, **values: Any) -> None:
+        for name, value in values.items():
+            self._notes.setdefault(name, []).append(value)
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._notes))
         temporary.replace(self._file)
@@ -177,16 +183,16 @@ class TrainRounds(FFEController):
         layers: Mapping[str, np.ndarray] = random_layers(self.shapes)
         names, shapes = {name: name for name in layers}, {name: array.shape for name, array in layers.items()}
         share = SiteShare(role="train", names=names, shapes=shapes, weight=1)
-        rounds = AveragingRounds(
-            conductor=Conductor(self, FederationConfig(min_sites=len(sites)), fl_ctx, abort_signal, print),
-            config=TrainingConfig(),
-            shares=dict.fromkeys(sites, share),
-            min_cohort=1,
-        )
+        rounds = self.rounds(dict.fromkeys(sites, share), fl_ctx, abort_signal)
         for round_number in range(self.num_rounds):
             started = time.monotonic()
             layers, _ = rounds.run(round_number, layers, {})
-            notes.add(time.monotonic() - started)
+            notes.add(seconds=time.monotonic() - started)
+
+    def rounds(self, shares: Mapping[str, SiteShare], fl_ctx: FLContext, abort_signal: Signal) -> AveragingRounds:
+        federation = FederationConfig(min_sites=len(shares))
+        conductor = Conductor(self, federation, fl_ctx, abort_signal, print)
+        return AveragingRounds(conductor=conductor, config=TrainingConfig(), shares=shares, min_cohort=1)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Nothing of the run folder is written here."""
@@ -209,7 +215,7 @@ class StockRounds(FedAvg):
 
     def update_model(self, model: FLModel, aggregate: FLModel, **arguments: Any) -> FLModel:
         updated = super().update_model(model, aggregate, **arguments)
-        self._notes.add(time.monotonic() - self._started)
+        self._notes.add(seconds=time.monotonic() - self._started)
         return updated
 
 

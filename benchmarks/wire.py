@@ -129,12 +129,12 @@ class Server:
         self._arrays, self._to_shareable = arrays, to_message if ours else to_plain_dxo
         here, there = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=run_site, args=(there, site, self._url, ours))
-        with count_written_bytes() as written:
+        with count_bytes() as counts:
             process.start()
             try:
                 if not here.poll(TIMEOUT_S):
                     raise TimeoutError(f"{site} has not replied within {TIMEOUT_S:.0f} s")
-                return written[0], here.recv()
+                return counts[0], here.recv()
             finally:
                 process.kill()
 
@@ -152,12 +152,12 @@ def run_site(pipe: Connection, site: str, url: str, ours: bool) -> None:
     cell = Cell(fqcn=site, root_url=url, secure=False, credentials={})
     connected = threading.Event()
     cell.core_cell.set_cell_connected_cb(lambda agent: connected.set())
-    with count_written_bytes() as written:
+    with count_bytes() as counts:
         cell.start()
         connected.wait(TIMEOUT_S)
         received = from_shareable(ask(cell, GET_TASK, None)).data
         ask(cell, SUBMIT, (to_message if ours else to_plain_dxo)(received, reply=True))
-        pipe.send(written[0])
+        pipe.send(counts[0])
 
 
 def ask(cell: Cell, topic: str, payload: Shareable | None) -> Any:
@@ -173,20 +173,27 @@ def ask(cell: Cell, topic: str, payload: Shareable | None) -> Any:
 
 
 @contextlib.contextmanager
-def count_written_bytes() -> Iterator[list[int]]:
-    """The sum of all frames that FLARE writes to sockets of this process, in a list of one."""
-    written, lock, send_frame = [0], threading.Lock(), SocketConnection.send_frame
+def count_bytes(counts: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Bytes of all frames that FLARE writes to sockets of this process, and reads from them: two integers that grow."""
+    counts = np.zeros(2, np.int64) if counts is None else counts
+    lock, send_frame, read_frame = threading.Lock(), SocketConnection.send_frame, SocketConnection.read_frame
 
-    def counting(connection: SocketConnection, frame: Any) -> None:
+    def counting_send(connection: SocketConnection, frame: Any) -> None:
         with lock:
-            written[0] += len(frame)
+            counts[0] += len(frame)
         send_frame(connection, frame)
 
-    SocketConnection.send_frame = counting
+    def counting_read(connection: SocketConnection) -> Any:
+        frame = read_frame(connection)
+        with lock:
+            counts[1] += len(frame)
+        return frame
+
+    SocketConnection.send_frame, SocketConnection.read_frame = counting_send, counting_read
     try:
-        yield written
+        yield counts
     finally:
-        SocketConnection.send_frame = send_frame
+        SocketConnection.send_frame, SocketConnection.read_frame = send_frame, read_frame
 
 
 if __name__ == "__main__":
