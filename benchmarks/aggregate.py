@@ -182,7 +182,7 @@ class TrainRounds(FFEController):
         sites = [client.name for client in fl_ctx.get_engine().get_clients()]
         layers: Mapping[str, np.ndarray] = random_layers(self.shapes)
         names, shapes = {name: name for name in layers}, {name: array.shape for name, array in layers.items()}
-        share = SiteShare(role="train", names=names, shapes=shapes, weight=1)
+        share = SiteShare(role="train", names=names, shapes=shapes, weight=1, labels=("organ",))
         rounds = self.rounds(dict.fromkeys(sites, share), fl_ctx, abort_signal)
         for round_number in range(self.num_rounds):
             started = time.monotonic()

@@ -142,7 +142,7 @@ class AsymRounds(TrainRounds):
 
 def share(names: Mapping[str, str], values: Mapping[str, np.ndarray]) -> SiteShare:
     shapes = {name: values[key].shape for name, key in names.items()}
-    return SiteShare(role="train", names=names, shapes=shapes, weight=1)
+    return SiteShare(role="train", names=names, shapes=shapes, weight=1, labels=("organ",))
 
 
 class CountingEcho(Echo):
