@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,15 +29,14 @@ from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.coverage import draw_coverage
 from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
-from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory, SiteFinal
+from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import Message
-from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, site_final
+from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast
 from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
 from nnunet_flare.flare.run import RunFolder
+from nnunet_flare.flare.scoring import Scoring
 from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.nnunet.metrics import LabelMetrics
 from nnunet_flare.nnunet.process import NNUNetProcess
-from nnunet_flare.nnunet.schema import dataset_json
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json, write_json
 
@@ -52,10 +52,11 @@ ARTIFACTS = {
     "fingerprint": "dataset_fingerprint.json",
     "coverage": COVERAGE_FILE,
     "coverage picture": COVERAGE_PICTURE,
+    "curves": CURVES_FILE,
+    "metrics": JSON_FILE,
+    "table": CSV_FILE,
 }
-"""Name -> path in the run's folder, of what may be there when a run ends."""
-RECORDS = {"curves": CURVES_FILE, "metrics": JSON_FILE, "table": CSV_FILE}
-"""Name -> path of what is there for each fold."""
+"""Name -> path of what may be there when a run ends: in the folder of the fold, or else of the run."""
 
 
 class FederatedTraining(Controller, ABC):
@@ -116,6 +117,8 @@ class FederatedTraining(Controller, ABC):
                 self._fail(str(error), error.local_detail)
         except OSError as error:
             self._fail(f"server: {error.strerror or type(error).__name__}; free disk space, then submit again", "")
+        except Exception as error:
+            self._fail(f"server: {type(error).__name__}, a defect of this program; see its log", traceback.format_exc())
         finally:
             if process is not None:
                 process.close()
@@ -208,8 +211,7 @@ class FederatedTraining(Controller, ABC):
             layers = self._train()
             self._note(phase="validate")
             self._export(layers)
-            self._validate(layers)
-            self._score_across_sites()
+            self._score(layers)
             self._note(phase="done")
             self._say(f"done: {self._record}")
         self._run.finish()
@@ -379,63 +381,23 @@ class FederatedTraining(Controller, ABC):
     def _export(self, layers: Layers) -> None:
         """What the run leaves at the server; before any site's validation can fail."""
         draw_learning_curves(self._history, self._record / CURVES_FILE)
-        files = {name: self._record / path for name, path in RECORDS.items()}
-        files |= {name: self._folder / path for name, path in ARTIFACTS.items() if (self._folder / path).exists()}
+        places = {name: (self._record / path, self._folder / path) for name, path in ARTIFACTS.items()}
+        files = {name: file for name, files in places.items() for file in files if file.exists()}
         files |= {"tensorboard": self._folder / "tensorboard"}  # FLARE's receiver closes its files after the job
         self._note(artifacts={name: os.path.relpath(file, self._record) for name, file in files.items()})
 
-    def _validate(self, layers: Layers) -> None:
-        """Final sync: every site keeps the final model and scores it on its validation cases."""
-        content = self._request_content()
-        requests = {
-            site: (protocol.VALIDATE, Message(content=content, layers=share.select(layers)))
-            for site, share in self._rounds.shares.items()
-        }
-        final: dict[str, SiteFinal] = {}
-        before: dict[str, SiteFinal] = {}
-
-        def accept(site: str, reply: Message) -> None:
-            labels = self._schemas[site].labels
-            if "cases_before" in reply.content:
-                before[site] = cast(site, reply, lambda content: site_final(content["cases_before"], labels))
-            final[site] = cast(site, reply, lambda content: site_final(content["cases"], labels))
-
-        outcome = self._conductor.ask(requests, accept)
-        for error in outcome.failures.values():
-            self._say(f"no validation: {error}")
-        self._note(final=dict(sorted(final.items())), final_before_finetuning=dict(sorted(before.items())))
-        self._conductor.require(len(final), "validations of the final model", outcome.failures)
-
-    def _score_across_sites(self) -> None:
-        """Every model that its site lets travel, on every other site's validation cases; the diagonal is known."""
-        if not self._federation.cross_site:
-            return
-        self._note(phase="cross_site")
-        for owner in sorted(self._history.final.keys() & set(self._training_sites)):
-            scores = self._scores_of_model(owner)
-            self._note(cross_site={**self._history.cross_site, owner: scores})
-
-    def _scores_of_model(self, owner: str) -> dict[str, LabelMetrics]:
-        content, scores = self._request_content(), {owner: self._history.final[owner].foreground}
-        described = dataset_json(self._schemas[owner], self._num_cases[owner])
-        models: list[Message] = []
-
-        def accept_model(site: str, reply: Message) -> None:
-            plans = cast(site, reply, lambda content: dict(content["plans"]))
-            models.append(Message(content=content | {"plans": plans, "dataset_json": described}, layers=reply.layers))
-
-        def accept_scores(site: str, reply: Message) -> None:
-            final = cast(site, reply, lambda content: site_final(content["cases"], self._schemas[site].labels))
-            scores[site] = final.foreground
-
-        asked = {owner: (protocol.FINAL_MODEL, Message(content=content))}
-        outcome = self._conductor.ask(asked, accept_model, with_layers=True)
-        for model in models:
-            others = dict.fromkeys(self._sites.keys() - {owner}, (protocol.SCORE_MODEL, model))
-            outcome = self._conductor.ask(others, accept_scores)
-        for error in outcome.failures.values():
-            self._say(f"no cross-site scores of {owner}'s model: {error}")
-        return scores
+    def _score(self, layers: Layers) -> None:
+        """Every site's validation of its final model; then, if the job asks for it, models across sites."""
+        scoring = Scoring(
+            conductor=self._conductor, schemas=self._schemas, content=self._request_content(), say=self._say
+        )
+        final, before = scoring.validate(self._rounds.shares, layers)
+        self._note(final=final, final_before_finetuning=before)
+        if self._federation.cross_site:
+            self._note(phase="cross_site")
+            for owner in sorted(final.keys() & set(self._training_sites)):
+                row = {owner: final[owner].foreground, **scoring.across_sites(owner)}
+                self._note(cross_site={**self._history.cross_site, owner: row})
 
     # --- asking the sites -----------------------------------------------------------------------------------------
 
