@@ -27,11 +27,11 @@ from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareErro
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import FederationConfig
-from nnunet_flare.flare.coverage import draw_coverage
+from nnunet_flare.flare.coverage import COVERAGE_FILE, COVERAGE_PICTURE, report_coverage
 from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
 from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import Message
-from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast
+from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, check_versions
 from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.flare.scoring import Scoring
@@ -45,7 +45,6 @@ __all__ = ["FederatedTraining"]
 SERVER = "server"
 TENSORBOARD_FOLDER = "tb_events"
 SHARING_FILE = "sharing.json"
-COVERAGE_FILE, COVERAGE_PICTURE = "coverage.json", "coverage.png"
 ARTIFACTS = {
     "model": "model",
     "plans": "plans.json",
@@ -230,7 +229,7 @@ class FederatedTraining(Controller, ABC):
         replies = self._ask_every_site(protocol.DESCRIBE)
         described = {site: cast(site, reply, SiteDescription.parse) for site, reply in replies.items()}
         self._sites = {site: description.role for site, description in described.items()}
-        _check_versions({site: description.versions for site, description in described.items()})
+        check_versions({site: description.versions for site, description in described.items()})
         self._schemas = {site: description.schema for site, description in described.items()}
         self._check_schemas()
         self._training_sites = [site for site, role in self._sites.items() if role == "train"]
@@ -275,7 +274,8 @@ class FederatedTraining(Controller, ABC):
         )
         millions = sum(array.size for array in self._start[1].values()) / 1e6
         self._say(f"{len(self._start[1])} layers shared, {millions:.1f} million parameters")
-        self._report_coverage()
+        if not all(map(self._sharing.is_complete, self._sharing.networks)):
+            report_coverage(self._sharing, self._folder, self._say)
 
     def _share(self, site: str, opened: SiteLayers) -> SiteShare:
         role, weight = self._sites[site], 0
@@ -300,16 +300,6 @@ class FederatedTraining(Controller, ABC):
             remedy="let the site train, or use jobs/ffe without keep_local",
             site=site,
         )
-
-    def _report_coverage(self) -> None:
-        if all(map(self._sharing.is_complete, self._sharing.networks)):
-            return
-        coverage = self._sharing.coverage()
-        write_json(self._folder / COVERAGE_FILE, coverage)
-        draw_coverage(self._sharing, self._folder / COVERAGE_PICTURE)
-        for site, covered in coverage.items():
-            others = ", ".join(f"{share:.0%} with {other}" for other, share in covered["shared_with"].items())
-            self._say(f"{site} shares {covered['shared']:.0%} of its parameters ({others})")
 
     def _initial_layers(self) -> dict[str, np.ndarray]:
         """Every shared layer as it is in a fresh network of its first site: all sites start from the same values."""
@@ -425,18 +415,3 @@ def _absent(site: str) -> ParticipationError:
     return ParticipationError(
         field="job", expected="the sites that the run began with", found="not connected", remedy="start it", site=site
     )
-
-
-def _check_versions(versions: Mapping[str, Mapping[str, str]]) -> None:
-    """nnU-Net and this package must be the same everywhere; torch and Python may differ."""
-    first = min(versions)
-    for package in ("nnunet-flare", "nnunetv2"):
-        for site, found in versions.items():
-            if found.get(package) != versions[first].get(package):
-                raise ConfigError(
-                    field=f"version of {package}",
-                    expected=f"{versions[first].get(package)} (as at {first})",
-                    found=str(found.get(package)),
-                    remedy="install the same version at every site",
-                    site=site,
-                )

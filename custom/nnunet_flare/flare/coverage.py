@@ -1,7 +1,8 @@
-"""The layer x site matrix of a sharing, as a picture."""
+"""Which site shares what with whom: as numbers, and the layer x site matrix as a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,24 @@ import numpy as np
 from nnunet_flare.aggregation.network import block_of, blocks_of
 from nnunet_flare.aggregation.sharing import Sharing
 from nnunet_flare.flare.history import in_site_order
-from nnunet_flare.storage import write_atomically
+from nnunet_flare.storage import write_atomically, write_json
 
-__all__ = ["draw_coverage"]
+__all__ = ["COVERAGE_FILE", "COVERAGE_PICTURE", "draw_coverage", "report_coverage"]
 
+COVERAGE_FILE, COVERAGE_PICTURE = "coverage.json", "coverage.png"
 ABSENT, LOCAL, FIRST_SHARED = 0, 1, 2
 _COLOURS = ("#ffffff", "#c9c9c9", "#1b6ca8", "#e07b39", "#3f8f5f", "#8d5aa5", "#b8a02c", "#a83250")
 _ROW_INCHES, _COLUMN_INCHES = 0.16, 0.9
+
+
+def report_coverage(sharing: Sharing, folder: Path, say: Callable[[str], None]) -> None:
+    """Write ``coverage.json`` and the picture into ``folder``, and say a line for each site."""
+    coverage = sharing.coverage()
+    write_json(folder / COVERAGE_FILE, coverage)
+    draw_coverage(sharing, folder / COVERAGE_PICTURE)
+    for site, covered in coverage.items():
+        others = ", ".join(f"{share:.0%} with {other}" for other, share in covered["shared_with"].items())
+        say(f"{site} shares {covered['shared']:.0%} of its parameters ({others})")
 
 
 def draw_coverage(sharing: Sharing, file: Path) -> None:

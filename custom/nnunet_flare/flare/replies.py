@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nnunet_flare.aggregation.network import Network, network_from_json
-from nnunet_flare.errors import NNUNetFlareError, UpdateError
+from nnunet_flare.errors import ConfigError, NNUNetFlareError, UpdateError
 from nnunet_flare.flare.history import SiteFinal, SiteRound
 from nnunet_flare.flare.protocol import Message, layer_bytes
 from nnunet_flare.nnunet.metrics import LabelMetrics, mean_metrics
@@ -16,7 +16,16 @@ from nnunet_flare.nnunet.network_plan import check_classes, network_plan
 from nnunet_flare.nnunet.schema import DatasetSchema
 from nnunet_flare.nnunet.site import ROLES
 
-__all__ = ["SiteDescription", "SiteLayers", "SitePlan", "cast", "site_architecture", "site_final", "site_round"]
+__all__ = [
+    "SiteDescription",
+    "SiteLayers",
+    "SitePlan",
+    "cast",
+    "check_versions",
+    "site_architecture",
+    "site_final",
+    "site_round",
+]
 
 T = TypeVar("T")
 
@@ -57,6 +66,21 @@ class SiteDescription:
             raise ValueError(role)
         versions = {str(name): str(version) for name, version in content["versions"].items()}
         return cls(schema=DatasetSchema.from_json(content["schema"]), role=role, versions=versions)
+
+
+def check_versions(versions: Mapping[str, Mapping[str, str]]) -> None:
+    """nnU-Net and this package must be the same everywhere; torch and Python may differ."""
+    first = min(versions)
+    for package in ("nnunet-flare", "nnunetv2"):
+        for site, found in versions.items():
+            if found.get(package) != versions[first].get(package):
+                raise ConfigError(
+                    field=f"version of {package}",
+                    expected=f"{versions[first].get(package)} (as at {first})",
+                    found=str(found.get(package)),
+                    remedy="install the same version at every site",
+                    site=site,
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
