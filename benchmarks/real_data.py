@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from nvflare.recipe.spec import Recipe
 
-from nnunet_flare.aggregation.sharing import SharingConfig
+from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.nnunet.assignment import FractionAssignment
 from nnunet_flare.nnunet.config import TrainingConfig
@@ -32,6 +32,7 @@ from nnunet_flare.nnunet.metrics import mean_metrics, segmentation_metrics
 from nnunet_flare.nnunet.site import SETTINGS_FILE, SETTINGS_VARIABLE
 from nnunet_flare.nnunet.split import split_dataset
 from nnunet_flare.recipe import AsymFedAvgRecipe, FFERecipe
+from nnunet_flare.storage import read_json
 
 SITES = ("site-1", "site-2", "site-3")
 SPACING_MM = {"site-2": (1.0, 1.0, 2.0), "site-3": (1.5, 1.5, 1.5)}
@@ -67,6 +68,7 @@ def main() -> None:
     _run("centralised", ("central",), FFERecipe, work, training=training)
     as_long = replace(training, num_rounds=len(SITES) * training.num_rounds)
     _run("centralised-long", ("central",), FFERecipe, work, training=as_long)
+    _print_shared(work)
     _print_own(work)
     _print_whole(work, data)
 
@@ -148,6 +150,15 @@ def _print_own(work: Path) -> None:
         "each site's own model on its own cases",
         {label: [_own(work, run.format(site), site) for site in SITES] for label, run in runs.items()},
     )
+
+
+def _print_shared(work: Path) -> None:
+    """What share of its parameters each site shares with others."""
+    print(f"\nparameters that a site shares\n{'':<18}" + "".join(f"{site:>12}" for site in SITES))
+    for run in ASYMMETRIC:
+        record = read_json(work / "home/server/runs" / run / "sharing.json")
+        coverage = Sharing.from_json(record).coverage()
+        print(f"{run:<18}" + "".join(f"{coverage[site]['shared']:>12.1%}" for site in SITES))
 
 
 def _own(work: Path, run: str, site: str) -> tuple[float, float]:

@@ -16,6 +16,7 @@ import pytest
 
 from conftest import TINY_TRAINING
 from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.storage import read_json
 
 pytestmark = pytest.mark.federation
 
@@ -88,13 +89,15 @@ def test_tensorboard_files_hold_every_round(literal_run: Finished):
     assert [event.step for event in accumulator.Scalars("dice/site-1")] == list(range(1, 9))
 
 
-def _dice_by_plain_nnunet(run: Finished, model: Path, site: str, out: Path) -> list[float]:
+def _dice_by_plain_nnunet(
+    run: Finished, model: Path, site: str, out: Path, dataset: str = "Dataset900_Demo"
+) -> list[float]:
     """Predict a site's validation cases with nnU-Net's command; Dice of each case and label by nnU-Net's own code."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-    raw = run.home / site / "nnUNet_raw" / "Dataset900_Demo"
-    splits = next((run.home / site / "nnUNet_preprocessed").glob("federated/*/Dataset900_Demo/splits_final.json"))
+    raw = run.home / site / "nnUNet_raw" / dataset
+    splits = next((run.home / site / "nnUNet_preprocessed").glob(f"federated/*/{dataset}/splits_final.json"))
     cases = json.loads(splits.read_text())[0]["val"]
     images = out / "images"
     images.mkdir(parents=True)
@@ -165,3 +168,38 @@ def test_the_recipe_runs_in_flares_simenv(home: Path, tmp_path: Path):
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert RunHistory.load(home / "server" / "runs" / "simenv").phase == "done"
+
+
+@pytest.mark.slow
+def test_hospitals_with_unlike_networks_train_together_and_each_predicts(tmp_path: Path):
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    result = subprocess.run(
+        ["nvflare", "simulator", "jobs/asym_fedavg", "-n", "3", "-t", "3"],
+        cwd=tmp_path,
+        env=_environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=850,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    home = tmp_path / "nnunet_flare"
+    server = home / "server" / "runs" / "asym_fedavg"
+    history = RunHistory.load(server)
+    assert history.phase == "done"
+    assert np.mean([final.foreground.dsc for final in history.final.values()]) > 0.75
+    plans = {site: read_json(home / site / "runs" / "asym_fedavg" / "plans.json") for site in history.final}
+    chosen = {site: plan["configurations"]["3d_fullres"] for site, plan in plans.items()}
+    for part in ("n_stages", "kernel_sizes"):
+        assert len({str(plan["architecture"]["arch_kwargs"][part]) for plan in chosen.values()}) > 1
+    assert len({str(plan["patch_size"]) for plan in chosen.values()}) == 3
+    coverage = read_json(server / "coverage.json")
+    assert all(0 < site["shared"] <= 1 for site in coverage.values())
+    assert (server / "coverage.png").stat().st_size > 1000
+    for site, final in history.final.items():
+        model = home / site / "runs" / "asym_fedavg" / "nnUNet_results" / "Dataset902_DemoMixed"
+        model /= "nnUNetTrainer__nnUNetPlans__3d_fullres"
+        run = Finished(tmp_path, result.stdout)
+        dice = _dice_by_plain_nnunet(run, model, site, tmp_path / site, dataset="Dataset902_DemoMixed")
+        expected = [case[label].dsc for case in final.cases for label in ("RV", "MYO", "LV")]
+        assert sorted(dice) == pytest.approx(sorted(expected), abs=1e-6)
