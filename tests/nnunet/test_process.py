@@ -192,6 +192,12 @@ process.call("hang", {"file": str(Path(sys.argv[1], "pids"))})
     assert_ended(pids)
 
 
+def test_an_answer_that_was_not_awaited_is_not_taken_for_the_next_one(process):
+    with pytest.raises(ZeroDivisionError):
+        process.call("echo", {}, {"w": np.zeros(1)}, progress=lambda *step: 1 / 0)
+    assert set(process.call("pid", {})[0]) == {"pid"}
+
+
 def test_layers_come_back_unchanged_after_progress(process):
     layers = {"weight": np.arange(12, dtype=np.float32).reshape(3, 4), "scale": np.float16([0.5])}
     seen = []

@@ -97,7 +97,7 @@ class NNUNetProcess:
                 progress(*content["progress"])
         except (EOFError, OSError) as error:
             raise self._died(command, self._cause_of_death()) from error
-        except WorkerError:
+        except BaseException:  # the child would still answer, and be taken for the answer to the next call
             self.close()
             raise
         if "error" in content:
