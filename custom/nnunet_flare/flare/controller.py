@@ -384,7 +384,6 @@ class FederatedTraining(Controller, ABC):
         final, before = scoring.validate(self._rounds.shares, layers)
         self._note(final=final, final_before_finetuning=before)
         if self._federation.cross_site:
-            self._note(phase="cross_site")
             for owner in sorted(final.keys() & set(self._training_sites)):
                 row = {owner: final[owner].foreground, **scoring.across_sites(owner)}
                 self._note(cross_site={**self._history.cross_site, owner: row})

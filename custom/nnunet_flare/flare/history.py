@@ -38,7 +38,7 @@ __all__ = [
 
 JSON_FILE = "metrics.json"
 CSV_FILE = "metrics.csv"
-PHASES = ("describe", "fingerprint", "plan", "preprocess", "train", "validate", "cross_site", "done", "failed")
+PHASES = ("describe", "fingerprint", "plan", "preprocess", "train", "validate", "done", "failed")
 _MAX_SITES_IN_LINE = 6
 
 

@@ -88,6 +88,7 @@ class SiteSettings:
             raise self._error("share_model", "true or false", repr(self.share_model))
         if not isinstance(self.plans_overrides, Mapping):
             raise self._error("plans_overrides", "a mapping of plans keys", repr(self.plans_overrides))
+        object.__setattr__(self, "keep_local", tuple(self.keep_local))
         if self.dataset is not None and type(self.dataset) not in (int, str):
             raise self._error("dataset", "a data set name or id", repr(self.dataset))
 
