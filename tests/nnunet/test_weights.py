@@ -5,8 +5,10 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
+from nnunet_flare.aggregation.network import KINDS, Layer
+from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
 from nnunet_flare.errors import LayerMismatchError
-from nnunet_flare.nnunet.weights import canonical_tensors, read_layers, write_layers
+from nnunet_flare.nnunet.weights import canonical_tensors, describe_network, read_layers, write_layers
 
 STAGES = 3
 COMMON = {
@@ -91,3 +93,80 @@ def test_a_layer_that_does_not_fit_is_refused_by_name(change):
     with pytest.raises(LayerMismatchError) as refused:
         write_layers(network, wrong)
     assert next(iter(wrong)) in refused.value.field
+
+
+# --- networks of different depth ------------------------------------------------------------------------------------
+
+
+def described(network: torch.nn.Module, alignment: str, outputs=("background", "RV", "MYO")) -> dict[str, Layer]:
+    return describe_network(network, alignment=alignment, channels=["MRI"], outputs=outputs)
+
+
+def u_net(kind: type, num_stages: int) -> torch.nn.Module:
+    """A 2d network as nnU-Net plans it, with ``num_stages`` stages."""
+    per_stage = "n_conv_per_stage" if kind is PlainConvUNet else "n_blocks_per_stage"
+    return kind(
+        input_channels=1,
+        n_stages=num_stages,
+        features_per_stage=[min(512, 32 * 2**stage) for stage in range(num_stages)],
+        conv_op=torch.nn.Conv2d,
+        kernel_sizes=[[3, 3]] * num_stages,
+        strides=[[1, 1]] + [[2, 2]] * (num_stages - 1),
+        num_classes=3,
+        n_conv_per_stage_decoder=[2 if kind is PlainConvUNet else 1] * (num_stages - 1),
+        conv_bias=True,
+        norm_op=torch.nn.InstanceNorm2d,
+        norm_op_kwargs={"affine": True},
+        nonlin=torch.nn.LeakyReLU,
+        deep_supervision=True,
+        **{per_stage: [2] * num_stages},
+    )
+
+
+@pytest.mark.parametrize("kind", [PlainConvUNet, ResidualEncoderUNet])
+@pytest.mark.parametrize(("small", "large"), [(6, 7), (7, 8), (6, 8)])
+def test_by_resolution_all_of_the_shallower_network_is_shared(kind, small, large):
+    networks = {"site-1": u_net(kind, small), "site-2": u_net(kind, large)}
+    shared = {}
+    for alignment in ("name", "resolution"):
+        sites = {site: described(network, alignment) for site, network in networks.items()}
+        shared[alignment] = Sharing.among(sites, SharingConfig(alignment=alignment)).coverage()["site-1"]["shared"]
+    assert shared["resolution"] == 1.0
+    assert shared["name"] < 1
+    if (kind, small, large) == (PlainConvUNet, 6, 7):
+        assert shared["name"] == pytest.approx(0.852, abs=5e-4)
+
+
+def test_by_resolution_decoder_stages_that_meet_the_same_encoder_level_share_a_name():
+    layers = described(u_net(PlainConvUNet, 4), "resolution")
+    for level in range(3):
+        width = layers[f"encoder.stages.{level}.0.convs.0.conv.weight"].shape[0]
+        for part in ("stages.level_{}.convs.0.conv.weight", "seg_layers.level_{}.weight"):
+            shape = layers[f"decoder.{part.format(level)}"].shape
+            assert width in shape[:2]
+
+
+def test_layers_are_told_by_kind_and_meaning():
+    layers = described(torch.compile(u_net(PlainConvUNet, 3)), "name")
+    assert layers == described(u_net(PlainConvUNet, 3), "name")
+    kinds = {kind: {name for name, layer in layers.items() if layer.kind == kind} for kind in KINDS}
+    assert all(".norm." in name for name in kinds["norm"])
+    assert all("seg_layers" in name for name in kinds["head"])
+    assert all(name.endswith(".bias") for name in kinds["bias"])
+    assert sum(map(len, kinds.values())) == len(layers)
+    first = [name for name, layer in layers.items() if "MRI" in layer.meaning]
+    assert first == ["encoder.stages.0.0.convs.0.conv.weight"]
+    other = described(u_net(PlainConvUNet, 3), "name", outputs=("background", "MYO", "RV"))
+    assert {name for name in layers if layers[name] != other[name]} == kinds["head"]
+
+
+def test_the_last_layer_of_another_network_is_its_head():
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 3, 1))
+    layers = described(network, "resolution")
+    assert {name for name, layer in layers.items() if layer.kind == "head"} == {"2.weight", "2.bias"}
+    assert {name for name, layer in layers.items() if layer.kind == "norm"} == {
+        "1.weight",
+        "1.bias",
+        "1.running_mean",
+        "1.running_var",
+    }
