@@ -86,3 +86,10 @@ def test_a_file_that_is_named_but_absent_is_refused(home, monkeypatch):
     monkeypatch.setenv("NNUNET_FLARE_SETTINGS", "/absent/nnunet_flare.json")
     with pytest.raises(ConfigError, match="FileNotFoundError"):
         SiteSettings.load("site-1")
+
+
+def test_a_site_that_keeps_layers_lets_no_whole_model_travel():
+    assert SiteSettings(site="site-1", keep_local=["norm"]).keep_local == ("norm",)
+    assert SiteSettings(site="site-1", share_model=True).share_model
+    with pytest.raises(ConfigError, match="share_model: expected false beside keep_local"):
+        SiteSettings(site="site-1", keep_local=["norm"], share_model=True)

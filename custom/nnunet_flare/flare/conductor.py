@@ -151,13 +151,10 @@ class Conductor:
         taken: list[Future[None]] = []
         with ThreadPoolExecutor(_REPLIES_IN_MEMORY) as pool:
             for site, (name, message) in requests.items():
-                tasks[site] = Task(
-                    name=name, data=message.to_shareable(), timeout=timeout_s, result_received_cb=receive
-                )
+                data = message.to_shareable()
+                tasks[site] = Task(name=name, data=data, timeout=timeout_s, result_received_cb=receive)
                 self._controller.send(tasks[site], fl_ctx, targets=[site])
-            while any(task.completion_status is None for task in tasks.values()) or not all(
-                done.done() for done in taken
-            ):
+            while any(task.completion_status is None for task in tasks.values()) or not all(t.done() for t in taken):
                 if abort_signal.triggered:
                     raise RunStoppedError
                 if time.monotonic() - started > timeout_s:
@@ -166,9 +163,7 @@ class Conductor:
         for done in taken:
             done.result()  # raises what no site is to blame for
         for site, task in tasks.items():
-            task.data = task.result_received_cb = (
-                None  # FLARE's tasks sit in reference cycles and would keep the layers
-            )
+            task.data = task.result_received_cb = None  # FLARE's tasks sit in reference cycles and would keep layers
             if site not in outcome.seconds and site not in outcome.failures:
                 outcome.failures[site] = _silent(site, task.name, task.completion_status, timeout_s)
         gc.collect()  # and so do some of its replies

@@ -88,6 +88,8 @@ class SiteSettings:
             raise self._error("share_model", "true or false", repr(self.share_model))
         if not isinstance(self.plans_overrides, Mapping):
             raise self._error("plans_overrides", "a mapping of plans keys", repr(self.plans_overrides))
+        if self.share_model and self.keep_local:
+            raise self._error("share_model", "false beside keep_local, for a model travels whole", "true")
         object.__setattr__(self, "keep_local", tuple(self.keep_local))
         if self.dataset is not None and type(self.dataset) not in (int, str):
             raise self._error("dataset", "a data set name or id", repr(self.dataset))
