@@ -7,6 +7,7 @@
     ├── LayerMismatchError   layers of two networks do not fit each other
     ├── UpdateError          a site's update is not finite or not what was asked for
     ├── StateError           run state on disk is locked, broken or of another run
+    ├── PolicyError          a site's policy files are missing or not those that were installed
     ├── WorkerError          the nnU-Net process of a site died or misbehaved
     └── ParticipationError   fewer sites answered than the job needs
 
@@ -27,6 +28,7 @@ __all__ = [
     "NNUNetFlareError",
     "ParticipationError",
     "PlansError",
+    "PolicyError",
     "StateError",
     "UpdateError",
     "WorkerError",
@@ -98,6 +100,10 @@ class UpdateError(NNUNetFlareError):
 
 class StateError(NNUNetFlareError):
     code = "state"
+
+
+class PolicyError(NNUNetFlareError):
+    code = "policy"
 
 
 class WorkerError(NNUNetFlareError):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ SETTINGS_VARIABLE = "NNUNET_FLARE_SETTINGS"
 _PATHS = ("home", "nnunet_raw", "nnunet_preprocessed", "pretrained")
 ROLES = ("train", "evaluate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+_REMARK = "#"
 
 
 def state_home() -> Path:
@@ -39,15 +41,15 @@ class SiteSettings:
         site: FLARE's name of the site.
         home: State of runs, models and preprocessed data: ``<home>/<site>/``.
         nnunet_raw: nnU-Net's raw data folder, holding ``DatasetXXX_Name``.
-        nnunet_preprocessed: Folder for preprocessed data; None is ``<home>/<site>/nnUNet_preprocessed``. Only the
+        nnunet_preprocessed: Folder for preprocessed data; null is ``<home>/<site>/nnUNet_preprocessed``. Only the
             sub-folder ``federated/`` of it is ever written, so that plans made here earlier stay as they are.
         dataset: nnU-Net data set name or id, overruling the job's; ``demo`` is generated.
         role: ``train``, or ``evaluate`` for a site that scores the global model and trains nothing.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        gpu_memory_gb: Memory target of nnU-Net's planner; None is the planner's own.
+        gpu_memory_gb: Memory target of nnU-Net's planner; null is the planner's own.
         num_processes: Processes for fingerprint, preprocessing and validation; 1 works in the training process.
-        num_augmentation_processes: Augmentation workers; None is 0 on CPU and nnU-Net's choice on GPU.
-        num_threads: Threads of torch; None divides the machine's cores by the clients that run on it.
+        num_augmentation_processes: Augmentation workers; null is 0 on CPU and nnU-Net's choice on GPU.
+        num_threads: Threads of torch; null divides the machine's cores by the clients that run on it.
         plans_overrides: Keys of the trained configuration in the plans to replace, such as ``batch_size``.
         keep_local: Kinds of layers and regular expressions, as in ``SharingConfig``; a job that asks for such a layer
             is refused here, whatever the server says.
@@ -120,7 +122,7 @@ class SiteSettings:
         """Read the settings of ``site``; without a file the defaults hold, a wrong key in it is an error.
 
         A ``sites`` map (site -> settings) in the file overrules the settings around it, for simulated sites that
-        share one ``local/`` folder.
+        share one ``local/`` folder. Keys that begin with ``#`` are remarks, and null is the default.
 
         Args:
             site: FLARE's name of the site.
@@ -137,6 +139,8 @@ class SiteSettings:
             try:
                 settings = dict(json.loads(file.read_text()))
                 settings |= dict(settings.pop("sites", {}).get(site, {}))
+                settings = {name: value for name, value in settings.items() if not name.startswith(_REMARK)}
+                settings = {name: value for name, value in settings.items() if value is not None}
                 for name in _PATHS:
                     if settings.get(name) is not None:
                         settings[name] = str(Path(settings[name]))
@@ -164,6 +168,18 @@ class SiteSettings:
                 paths[name] = os.environ[variable]
         settings |= {name: Path(path).expanduser().absolute() for name, path in paths.items()}
         return cls(site=site, **settings)
+
+    @classmethod
+    def template(cls) -> dict[str, Any]:
+        """A settings file with every setting at its default, each under a remark that says what it is."""
+        described = re.findall(r"^ {4,8}(\w+): (.+(?:\n {9,}.+)*)", cls.__doc__ or "", re.MULTILINE)
+        remarks = {name: " ".join(text.replace("``", "").split()) for name, text in described}
+        template: dict[str, Any] = {}
+        for item in fields(cls):
+            if item.name != "site":
+                default = item.default if item.default is not MISSING else None
+                template |= {f"{_REMARK} {item.name}": remarks[item.name], item.name: default}
+        return template
 
     def to_json(self) -> dict[str, Any]:
         """JSON form for the site's nnU-Net process; ``from_json`` is its inverse."""
