@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from local_federation import LocalFederation
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
@@ -77,6 +81,21 @@ def mixed(home: Path, mixed_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         (home / site).mkdir(parents=True)
         (home / site / "nnUNet_raw").symlink_to(mixed_data / site)
     return home
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
+    """One provisioned federation of real processes for the whole session: a server and three hospitals, connected.
+
+    A test that stops or kills a participant starts it again, and leaves no job running.
+    """
+    from local_federation import SERVER, LocalFederation
+
+    with LocalFederation(tmp_path_factory.mktemp("federation")) as federation:
+        federation.provision()
+        federation.start(SERVER, *federation.sites)
+        federation.wait_until_listening()
+        yield federation
 
 
 @pytest.fixture

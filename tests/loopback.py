@@ -98,7 +98,7 @@ class Loopback:
     def _context(self, name: str) -> FLContext:
         local = self.folder / name / "local"
         local.mkdir(parents=True, exist_ok=True)
-        workspace = SimpleNamespace(get_site_config_dir=lambda: str(local))
+        workspace = SimpleNamespace(get_site_config_dir=lambda: str(local), get_root_dir=lambda: str(local))
         clients = [Client(site, "") for site in self.sites]
         cell = SimpleNamespace(decode_pass_through_topics=set())
         engine = SimpleNamespace(

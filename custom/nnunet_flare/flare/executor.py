@@ -33,6 +33,7 @@ from nnunet_flare.nnunet.demo import DEMO_DATASETS
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.site import SiteSettings
+from nnunet_flare.provision.manifest import MANIFEST_FILE, PolicyManifest
 
 __all__ = ["NNUNetExecutor"]
 
@@ -115,7 +116,8 @@ class NNUNetExecutor(Executor):
         """Bind the request's run, this site's settings and the nnU-Net process together."""
         site = fl_ctx.get_identity_name()
         config = TrainingConfig.from_json(request.content["job"])
-        local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
+        workspace = fl_ctx.get_engine().get_workspace()
+        local, self._kit = Path(workspace.get_site_config_dir()), Path(workspace.get_root_dir())
         settings = _with_demo_data(SiteSettings.load(site, local).with_dataset(config.dataset))
         if self._run is None:
             self._run = RunFolder(settings.folder, request.content["run"])
@@ -128,6 +130,8 @@ class NNUNetExecutor(Executor):
     def _describe(self, request: Message, calls: Calls) -> Message:
         """The schema of the site's data, its role, and the versions that must fit."""
         settings = calls.settings
+        if (self._kit / MANIFEST_FILE).exists():
+            PolicyManifest.check(self._kit)
         schema = RawDataset.read(find_dataset(settings.raw_root, settings.dataset)).schema
         versions = {"python": ".".join(platform.python_version_tuple()[:2])}
         versions |= {name: version(name).partition("+")[0] for name in VERSIONED}

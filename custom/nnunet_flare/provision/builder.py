@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 from nvflare.lighter.constants import CtxKey
 from nvflare.lighter.entity import Participant, Project
 from nvflare.lighter.impl.cert import CertBuilder
@@ -22,16 +23,25 @@ from nnunet_flare.storage import read_json, write_json
 __all__ = ["ParticipantCertBuilder", "SitePolicyBuilder", "install_policy"]
 
 
-def install_policy(kit: Path, policy: SitePolicy) -> None:
-    """Write a policy into a kit; the manifest is recorded separately, once nothing in the kit changes any more.
+def install_policy(kit: Path, policy: SitePolicy, *, ca_key: rsa.RSAPrivateKey | None = None) -> None:
+    """Write a policy into a kit, with its signed manifest, and the template of the site's settings unless it has some.
 
-    Also writes the template of the site's settings, unless the site has its own already.
+    FLARE's ``*.default`` files are overwritten with the same: it falls back to them where the others are missing, as
+    after ``nvflare deploy prepare``.
+
+    Args:
+        kit: Folder that holds ``startup`` and ``local``.
+        policy: What the site allows.
+        ca_key: The project's CA key; without it, the manifest is signed with the kit's own.
     """
     local = kit / "local"
     for name, content in policy_files(policy, read_json(local / "resources.json.default")).items():
         write_json(local / name, content)
-    if not (local / SETTINGS_FILE).exists():
+        if (local / f"{name}.default").exists():
+            write_json(local / f"{name}.default", content)
+    if not policy.server and not (local / SETTINGS_FILE).exists():
         (local / SETTINGS_FILE).write_text(json.dumps(SiteSettings.template(), indent=2) + "\n")
+    PolicyManifest.write(kit, key=ca_key)
 
 
 class SitePolicyBuilder(Builder):

@@ -17,10 +17,10 @@ __all__ = ["PolicyGuard"]
 
 
 class PolicyGuard(FLComponent):
-    """Checks the kit's manifest when the site starts, and again at the start of every job; FLARE ends on its error."""
+    """Checks the kit's manifest when the site starts; FLARE ends on its error. The executor does again in every job."""
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type in (EventType.SYSTEM_BOOTSTRAP, EventType.BEFORE_JOB_LAUNCH):
+        if event_type == EventType.SYSTEM_BOOTSTRAP:
             workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
             try:
                 manifest = PolicyManifest.check(Path(workspace.get_root_dir()))

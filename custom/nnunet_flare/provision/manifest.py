@@ -32,8 +32,10 @@ _COVERED = (
     "startup/fed_server.json",
     "startup/*resources.json",
     "local/*resources.json",
+    "local/*resources.json.default",
     "local/privacy.json",
     "local/authorization.json",
+    "local/authorization.json.default",
     "local/comm_config.json",
     "local/study_registry.json",
 )

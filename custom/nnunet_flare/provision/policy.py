@@ -28,7 +28,7 @@ READER_ROLES = ("auditor", "member")
 
 SERVER_STORAGE = "storage"
 _GUARD = {"id": "policy_guard", "path": "nnunet_flare.provision.guard.PolicyGuard"}
-_LOG_STREAMING = ("site_log_streamer", "log_receiver")
+_REPLACED = ("policy_guard", "site_log_streamer", "log_receiver")
 _NO_CODE = {"byoc": "none", "server-predeployed-flwr": "none"}
 _READ = {"view": "any", "app_command": "any"}
 
@@ -77,8 +77,8 @@ def _resources(policy: SitePolicy, default: Mapping[str, Any]) -> dict[str, Any]
     resources = deepcopy(dict(default))
     try:
         components = {component["id"]: component for component in resources["components"]}
-        for streamer in _LOG_STREAMING:
-            components.pop(streamer, None)
+        for name in _REPLACED:
+            components.pop(name, None)
         if policy.server:
             components["job_manager"]["args"]["uri_root"] = f"{SERVER_STORAGE}/jobs"
             components["job_store"] = {"id": "job_store", "path": "nnunet_flare.provision.storage.KitStorage"}
