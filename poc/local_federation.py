@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.lighter.prov_utils import prepare_builders
 from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
@@ -79,10 +80,10 @@ class LocalFederation:
         values = self._settings | settings
         (self.kits / name / "local" / "nnunet_flare.json").write_text(json.dumps(values))
 
-    def start(self, *names: str) -> None:
+    def start(self, *names: str, **environment: str) -> None:
         """Start the server, or a hospital, as its kit says: ``startup/sub_start.sh``, in a process group of its own."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"HOME": str(self.folder), "NNUNET_FLARE_HOME": str(self.home), "PATH": path}
+        own = {"HOME": str(self.folder), "NNUNET_FLARE_HOME": str(self.home), "PATH": path}
         for name in names:
             script = self.kits / name / "startup" / "sub_start.sh"
             with (self.folder / f"{name}.log").open("ab") as log:
@@ -91,7 +92,7 @@ class LocalFederation:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=environment,
+                    env=os.environ | own | environment,
                     start_new_session=True,
                 )
 
@@ -110,6 +111,32 @@ class LocalFederation:
             if any(module in argument for argument in child.cmdline()):
                 return child
         raise LookupError(f"no job runs at {name}")
+
+    @contextlib.contextmanager
+    def session(self, role: str = "lead") -> Iterator[Session]:
+        """The FLARE API as a user sees it, once every site that was started is connected."""
+        kit = self.user(role)
+        session = new_secure_session(username=kit.name, startup_kit_location=str(kit))
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def wait_for_sites(self, session: Session, patience_s: float = 60) -> None:
+        """Wait until every hospital that was started is connected."""
+        started = {name for name in self.sites if self.is_alive(name)}
+        give_up = time.monotonic() + patience_s
+        while missing := started - {client.name for client in session.get_system_info().client_info}:
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"not connected: {sorted(missing)}")
+            time.sleep(0.5)
+
+    def run_job(self, job: Path, role: str = "lead", patience_s: float = 300) -> dict[str, Any]:
+        """Submit a job folder as it is, wait for its end and return FLARE's record of it."""
+        with self.session(role) as session:
+            self.wait_for_sites(session)
+            job_id = session.submit_job(str(job))
+            return session.wait_for_job(job_id, timeout=patience_s)
 
     def stop(self, *names: str, patience_s: float = 20) -> None:
         """End participants with all that they have started; FLARE's own way waits for jobs."""

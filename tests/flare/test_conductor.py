@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ from nvflare.apis.controller_spec import ClientTask, TaskCompletionStatus
 from nvflare.apis.signal import Signal
 
 from nnunet_flare.errors import ParticipationError, UpdateError
-from nnunet_flare.flare import conductor
+from nnunet_flare.flare import transfer
 from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.protocol import Message, error_message
 
+ROOM = collections.defaultdict(int)
 SITES = tuple(f"site-{number}" for number in range(1, 8))
 
 
@@ -59,7 +61,7 @@ def test_replies_come_without_layers_which_are_fetched_for_four_sites_at_once(fl
     fetching, most, lock = [0], [0], threading.Lock()
 
     def fetch(layers, cell, give_up):
-        assert cell is flare.cell
+        assert cell.decode_pass_through_topics is flare.cell.decode_pass_through_topics
         with lock:
             fetching[0] += 1
             most[0] = max(most[0], fetching[0])
@@ -68,9 +70,9 @@ def test_replies_come_without_layers_which_are_fetched_for_four_sites_at_once(fl
             fetching[0] -= 1
         return layers
 
-    monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
+    monkeypatch.setattr(transfer, "materialize_lazy_download_refs", fetch)
     accepted = {}
-    outcome = flare.conductor().ask(requests(), accepted.__setitem__, with_layers=True)
+    outcome = flare.conductor().ask(requests(), accepted.__setitem__, layer_bytes=ROOM)
     assert set(accepted) == set(SITES)
     assert outcome.failures == {}
     assert most[0] == 4
@@ -83,10 +85,10 @@ def test_a_broken_transfer_is_the_sites_failure_and_no_one_elses(flare: Flare, m
             raise RuntimeError("download failed: /data/patient_07")
         return layers
 
-    monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
+    monkeypatch.setattr(transfer, "materialize_lazy_download_refs", fetch)
     asked = requests() | {"site-3": ("train", Message(content={}, layers={"w": np.float32([3.0])}))}
     accepted = {}
-    outcome = flare.conductor().ask(asked, accepted.__setitem__, with_layers=True)
+    outcome = flare.conductor().ask(asked, accepted.__setitem__, layer_bytes=ROOM)
     assert set(accepted) == set(SITES) - {"site-3"}
     error = outcome.failures["site-3"]
     assert isinstance(error, ParticipationError)
@@ -99,14 +101,14 @@ def test_what_accept_refuses_is_the_sites_failure(flare: Flare):
         if site == "site-2":
             raise UpdateError(field="layer w", expected="1", found="2", remedy="look")
 
-    outcome = flare.conductor().ask(requests(SITES[:3]), accept, with_layers=True)
+    outcome = flare.conductor().ask(requests(SITES[:3]), accept, layer_bytes=ROOM)
     assert str(outcome.failures["site-2"]).startswith("site-2: layer w")
     assert set(outcome.seconds) == {"site-1", "site-3"}
 
 
 def test_a_fault_of_our_own_is_raised_and_not_blamed_on_a_site(flare: Flare):
     with pytest.raises(ZeroDivisionError):
-        flare.conductor().ask(requests(SITES[:2]), lambda site, message: 1 / 0, with_layers=True)
+        flare.conductor().ask(requests(SITES[:2]), lambda site, message: 1 / 0, layer_bytes=ROOM)
 
 
 def test_a_stopped_job_ends_the_wait(flare: Flare, monkeypatch):
@@ -116,9 +118,9 @@ def test_a_stopped_job_ends_the_wait(flare: Flare, monkeypatch):
             time.sleep(0.01)
         raise RuntimeError("aborted")
 
-    monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
+    monkeypatch.setattr(transfer, "materialize_lazy_download_refs", fetch)
     with pytest.raises(RunStoppedError):
-        flare.conductor().ask(requests(), lambda site, message: None, with_layers=True)
+        flare.conductor().ask(requests(), lambda site, message: None, layer_bytes=ROOM)
 
 
 def test_the_deadline_ends_a_transfer_that_does_not(flare: Flare, monkeypatch):
@@ -127,15 +129,15 @@ def test_the_deadline_ends_a_transfer_that_does_not(flare: Flare, monkeypatch):
             time.sleep(0.01)
         raise RuntimeError("aborted")
 
-    monkeypatch.setattr(conductor, "materialize_lazy_download_refs", fetch)
+    monkeypatch.setattr(transfer, "materialize_lazy_download_refs", fetch)
     asking = flare.conductor(round_timeout_s=1)
-    outcome = asking.ask(requests(SITES[:2]), lambda *reply: None, within_round=True, with_layers=True)
+    outcome = asking.ask(requests(SITES[:2]), lambda *reply: None, within_round=True, layer_bytes=ROOM)
     assert set(outcome.failures) == {"site-1", "site-2"}
     assert "the deadline before all were fetched" in str(outcome.failures["site-1"])
 
 
 def test_layers_that_nobody_asked_for_are_refused_before_they_are_fetched(flare: Flare, monkeypatch):
-    monkeypatch.setattr(conductor, "materialize_lazy_download_refs", lambda *arguments: pytest.fail("fetched"))
+    monkeypatch.setattr(transfer, "materialize_lazy_download_refs", lambda *arguments: pytest.fail("fetched"))
     outcome = flare.conductor().ask(requests(SITES[:2]), lambda *reply: None)
     assert "found layers that nobody asked for" in str(outcome.failures["site-2"])
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task, TaskCompletionStatus
 from nvflare.apis.fl_constant import ReturnCode, ServerCommandNames
@@ -19,13 +18,12 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
-from nvflare.apis.utils.task_utils import materialize_lazy_download_refs
-from nvflare.fuel.f3.cellnet.cell import Cell
 from nvflare.fuel.f3.cellnet.defs import CellChannel
 
 from nnunet_flare.errors import NNUNetFlareError, ParticipationError
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.protocol import Message, read_message
+from nnunet_flare.flare.transfer import fetch_layers
 
 __all__ = ["Conductor", "Participation", "RunStoppedError"]
 
@@ -104,7 +102,7 @@ class Conductor:
         accept: Callable[[str, Message], None],
         *,
         within_round: bool = False,
-        with_layers: bool = False,
+        layer_bytes: Mapping[str, int] | None = None,
     ) -> Participation:
         """Send each site its own request and hand each reply on as it arrives, one at a time.
 
@@ -115,7 +113,8 @@ class Conductor:
         Args:
             requests: Site -> task name and message.
             accept: Called with site and reply; an ``NNUNetFlareError`` that it raises counts as the site's failure.
-            with_layers: Replies may bring layers; others that do are refused before anything is fetched.
+            layer_bytes: Site -> the most that the layers of its reply can be; other replies may bring none, and are
+                refused before anything is fetched.
             within_round: The deadline is that of a round; a site that has not answered by then is a failure.
 
         Raises:
@@ -133,7 +132,9 @@ class Conductor:
 
         def take(site: str, reply: Shareable) -> None:
             try:
-                fetch = partial(_fetch, cell=cell, site=site, give_up=give_up) if with_layers else None
+                fetch = None
+                if layer_bytes is not None:
+                    fetch = partial(fetch_layers, cell=cell, site=site, max_bytes=layer_bytes[site], give_up=give_up)
                 message = read_message(reply, sender=site, fetch=fetch)
                 with accepting:
                     accept(site, message)
@@ -178,21 +179,6 @@ def _free_arrays_at_once() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-
-
-def _fetch(layers: dict[str, Any], *, cell: Cell, site: str, give_up: Signal) -> dict[str, Any]:
-    try:
-        return materialize_lazy_download_refs(layers, cell, give_up)
-    except Exception as error:  # whatever FLARE raises, and whatever the site sent
-        late = "the deadline before all were fetched" if give_up.triggered else "a broken transfer"
-        raise ParticipationError(
-            field="layers",
-            expected="the layers that the site announced",
-            found=f"{late} ({type(error).__name__})",
-            remedy="see whether the site is connected; it takes part in the next round again",
-            site=site,
-            local_detail=str(error),
-        ) from error
 
 
 def _silent(site: str, task_name: str, status: TaskCompletionStatus, timeout_s: int) -> ParticipationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -286,7 +287,8 @@ class FederatedTraining(Controller, ABC):
             names = self._whole_network(site, opened.network)
         shapes = {name: opened.network[name].shape for name in names}
         labels = self._schemas[site].labels.keys()
-        return SiteShare(role=role, names=names, shapes=shapes, weight=weight, labels=labels)
+        model_bytes = 4 * sum(math.prod(layer.shape) for layer in opened.network.values())
+        return SiteShare(role=role, names=names, shapes=shapes, weight=weight, labels=labels, model_bytes=model_bytes)
 
     def _whole_network(self, site: str, network: Network) -> dict[str, str]:
         """Layers of a site that only evaluates: it has none of its own, so all must be shared by those that train."""
@@ -385,7 +387,10 @@ class FederatedTraining(Controller, ABC):
         self._note(final=final, final_before_finetuning=before)
         if self._federation.cross_site:
             for owner in sorted(final.keys() & set(self._training_sites)):
-                row = {owner: final[owner].foreground, **scoring.across_sites(owner)}
+                row = {
+                    owner: final[owner].foreground,
+                    **scoring.across_sites(owner, self._rounds.shares[owner].model_bytes),
+                }
                 self._note(cross_site={**self._history.cross_site, owner: row})
 
     # --- asking the sites -----------------------------------------------------------------------------------------

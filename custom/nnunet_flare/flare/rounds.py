@@ -30,6 +30,7 @@ class SiteShare:
         shapes: Its layer -> shape.
         weight: Of its update in the mean.
         labels: That it may report scores of.
+        model_bytes: Of all layers of its network, as float32; no reply of it brings more.
     """
 
     role: str
@@ -37,6 +38,7 @@ class SiteShare:
     shapes: Signature
     weight: int
     labels: Collection[str]
+    model_bytes: int
 
     def select(self, layers: Layers) -> Layers:
         """What the site gets of the server's values, by its own names."""
@@ -105,7 +107,7 @@ class AveragingRounds:
             {site: (tasks[share.role], requests[site]) for site, share in self.shares.items()},
             accept,
             within_round=True,
-            with_layers=True,
+            layer_bytes={site: share.model_bytes for site, share in self.shares.items()},
         )
         trained = [site for site in results if self.shares[site].role == "train"]
         self.conductor.require(len(trained), f"updates in round {round_number + 1}", outcome.failures)

@@ -66,7 +66,7 @@ class Scoring:
         self.conductor.require(len(final), "validations of the final model", outcome.failures)
         return dict(sorted(final.items())), dict(sorted(before.items()))
 
-    def across_sites(self, owner: str) -> dict[str, LabelMetrics]:
+    def across_sites(self, owner: str, model_bytes: int) -> dict[str, LabelMetrics]:
         """Mean scores of one site's final model at every other site, if its settings let the model travel."""
         described = dataset_json(self.schemas[owner], self.schemas[owner].num_training)
         models: list[Message] = []
@@ -81,7 +81,7 @@ class Scoring:
             scores[site] = self._scores(site, reply, "cases").foreground
 
         asked = {owner: (protocol.FINAL_MODEL, Message(content=self.content))}
-        outcome = self.conductor.ask(asked, accept_model, with_layers=True)
+        outcome = self.conductor.ask(asked, accept_model, layer_bytes={owner: model_bytes})
         for model in models:
             others = dict.fromkeys(self.schemas.keys() - {owner}, (protocol.SCORE_MODEL, model))
             outcome = self.conductor.ask(others, accept_scores)
