@@ -38,6 +38,7 @@ class LocalFederation:
     def __init__(self, folder: Path, *, settings: Mapping[str, Any] | None = None) -> None:
         self.folder, self.home = folder, folder / "state"
         self._settings = {"home": str(self.home), "num_threads": 1} | dict(settings or {})
+        self.kits: dict[str, Path] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         project = yaml.safe_load(PROJECT_FILE.read_text())
         server = next(item for item in project["participants"] if item["type"] == "server")
@@ -50,42 +51,41 @@ class LocalFederation:
     def __exit__(self, *_: object) -> None:
         self.stop(*self._processes)
 
-    def provision(self, **added: Any) -> Path:
-        """Make (or make again) the kits of all participants, and of one more client if it is given."""
+    def provision(self) -> None:
+        """Make the kits of all participants of ``project``."""
         workspace = self.folder / "kits" / self.project["name"]
         workspace.mkdir(parents=True, exist_ok=True)
-        if added:
-            self.project["participants"].append(added | {"type": "client"})
         provisioner = Provisioner(str(workspace.parent), prepare_builders(self.project))
         provisioner.provision(prepare_project(json.loads(json.dumps(self.project))))
-        for site in self.sites:
-            self.configure(site)
-        return self.kits
+        for kit in max(workspace.glob("prod_*")).iterdir():
+            if kit.name not in self.kits:
+                self.adopt(kit)
 
-    @property
-    def kits(self) -> Path:
-        """The folder of the newest kits."""
-        return max((self.folder / "kits" / self.project["name"]).glob("prod_*"))
+    def adopt(self, kit: Path) -> None:
+        """Take in a participant's kit, wherever it was made; its kits of later provisionings are not used."""
+        self.kits[kit.name] = kit
+        if (kit / "startup" / "fed_client.json").exists():
+            self.configure(kit.name)
 
     @property
     def sites(self) -> list[str]:
-        return [item["name"] for item in self.project["participants"] if item["type"] == "client"]
+        return sorted(name for name, kit in self.kits.items() if (kit / "startup" / "fed_client.json").exists())
 
     def user(self, role: str) -> Path:
         """The kit of the (first) user of a role."""
-        return self.kits / next(item["name"] for item in self.project["participants"] if item.get("role") == role)
+        return self.kits[next(item["name"] for item in self.project["participants"] if item.get("role") == role)]
 
     def configure(self, name: str, **settings: Any) -> None:
         """Write a participant's own settings."""
         values = self._settings | settings
-        (self.kits / name / "local" / "nnunet_flare.json").write_text(json.dumps(values))
+        (self.kits[name] / "local" / "nnunet_flare.json").write_text(json.dumps(values))
 
     def start(self, *names: str, **environment: str) -> None:
         """Start the server, or a hospital, as its kit says: ``startup/sub_start.sh``, in a process group of its own."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"HOME": str(self.folder), "NNUNET_FLARE_HOME": str(self.home), "PATH": path}
         for name in names:
-            script = self.kits / name / "startup" / "sub_start.sh"
+            script = self.kits[name] / "startup" / "sub_start.sh"
             with (self.folder / f"{name}.log").open("ab") as log:
                 self._processes[name] = subprocess.Popen(
                     ["bash", str(script), "--once"],
@@ -98,7 +98,7 @@ class LocalFederation:
 
     def process(self, name: str) -> psutil.Process:
         """The FLARE process of a participant that was started."""
-        return psutil.Process(int((self.kits / name / "pid.fl").read_text()))
+        return psutil.Process(int((self.kits[name] / "pid.fl").read_text()))
 
     def job_process(self, name: str) -> psutil.Process:
         """The process that runs the job at a participant.

@@ -68,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("--cross-site", action="store_true", help="score every site's model on every site in the end")
     job.set_defaults(command=_job)
 
+    ca = commands.add_parser("ca", help="write a provisioned project's CA as nvflare cert approve reads it")
+    ca.add_argument("state", type=Path, help="folder state of the provisioning workspace")
+    ca.add_argument("--out", type=Path, required=True, help="folder to make; keep it to yourself")
+    ca.set_defaults(command=_ca)
+
     split = commands.add_parser("split", help="split a data set into site data sets for the simulator")
     split.add_argument("source", type=Path, nargs="+", help="nnU-Net raw data set, or images and labels folders")
     split.add_argument("--out", type=Path, required=True, help="folder to make")
@@ -141,6 +146,14 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def _ca(options: argparse.Namespace) -> int:
+    from nnunet_flare.provision.ca import export_ca
+
+    fingerprint = export_ca(options.state, options.out)
+    print(f"wrote {options.out}\nSHA256 Fingerprint={fingerprint}")
+    return 0
 
 
 def _split(options: argparse.Namespace) -> int:

@@ -62,10 +62,12 @@ class SitePolicyBuilder(Builder):
         self._client_policy = SitePolicy(task_data_filters=task_data_filters, task_result_filters=task_result_filters)
 
     def finalize(self, project: Project, ctx: ProvisionContext) -> None:
-        policies = dict.fromkeys(project.get_clients(), self._client_policy)
-        for participant, policy in (policies | {project.get_server(): SitePolicy(server=True)}).items():
-            install_policy(Path(ctx.get_ws_dir(participant)), policy)
-            PolicyManifest.write(Path(ctx.get_ws_dir(participant)), key=ctx.get(CtxKey.ROOT_PRI_KEY))
+        ca_key = ctx.get(CtxKey.ROOT_PRI_KEY)
+        for client in project.get_clients():
+            install_policy(Path(ctx.get_ws_dir(client)), self._client_policy, ca_key=ca_key)
+        server = Path(ctx.get_ws_dir(project.get_server()))
+        if (server / "startup" / "server.key").exists():  # nvflare package has a nameless server beside the one site
+            install_policy(server, SitePolicy(server=True), ca_key=ca_key)
 
 
 class ParticipantCertBuilder(CertBuilder):
