@@ -2,11 +2,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := demo
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo poc test test-slow lint bench clean
 
 demo: .venv/installed  ## three generated hospitals train one nnU-Net together
 	NNUNET_FLARE_HOME=$(CURDIR)/$(DEMO) $(BIN)/nvflare simulator jobs/ffe -n 3 -t 3 -w $(DEMO)/simulator -l jobs/progress_log.json
 	NNUNET_FLARE_HOME=$(CURDIR)/$(DEMO) $(BIN)/nnunet-flare status ffe
+
+poc: .venv/installed  ## a provisioned federation of real processes on this machine, from kits to fetched results
+	$(BIN)/python poc/run.py
 
 test: .venv/installed  ## everything but the slow tier
 	$(BIN)/pytest -m "not slow"
@@ -33,4 +36,4 @@ bench: .venv/installed  ## minutes; see benchmarks/README.md
 	touch $@
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv $(DEMO) poc/work
