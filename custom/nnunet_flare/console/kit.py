@@ -27,9 +27,7 @@ class AdminKit:
         """Raises ConfigError: the folder is no administrator's kit."""
         try:
             admin = json.loads((folder / _FILE).read_text())["admin"]
-            return cls(
-                folder=folder.absolute(), user=admin["username"], host=admin["host"], port=int(admin["port"])
-            )
+            return cls(folder=folder.absolute(), user=admin["username"], host=admin["host"], port=int(admin["port"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 field="kit",

@@ -1,4 +1,4 @@
-"""FLARE's API from an administrator's kit: opened when needed, opened again when the server forgot it, always closed."""
+"""A session with the FLARE server: opened when needed, opened again when the server forgot it, always closed."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ class Job:
     @property
     def is_complete(self) -> bool:
         return self.status == RunStatus.FINISHED_COMPLETED
+
+    def refusals(self) -> tuple[str, ...]:
+        """What the participants said that did not take the job."""
+        return tuple(text for text in self.deployment if not text.endswith(": OK"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,14 @@ def _differences(theirs: Any, ours: Any, key: str = "") -> Iterator[tuple[str, s
             items = (values[index] if index < len(values) else _NOTHING for values in (theirs, ours))
             yield from _differences(*items, f"{key}.{index}")
     elif type(theirs) is not type(ours) or theirs != ours:
-        yield key.lstrip("."), *("nothing" if value is _NOTHING else json.dumps(value)[:200] for value in (theirs, ours))
+        yield (
+            key.lstrip("."),
+            *("nothing" if value is _NOTHING else json.dumps(value)[:200] for value in (theirs, ours)),
+        )
+
+
+def _text(value: Any) -> str:
+    return "nothing" if value is _NOTHING else json.dumps(value)[:200]
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:
@@ -119,6 +126,4 @@ def _read_json(file: Path) -> Mapping[str, Any]:
 
 
 def _refusal(field: str, expected: str, found: str, local_detail: str = "") -> ConfigError:
-    return ConfigError(
-        field=f"job: {field}", expected=expected, found=found, remedy=_REMEDY, local_detail=local_detail
-    )
+    return ConfigError(field=f"job: {field}", expected=expected, found=found, remedy=_REMEDY, local_detail=local_detail)
