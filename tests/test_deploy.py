@@ -20,7 +20,9 @@ from conftest import TINY_TRAINING
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
-SMALLER = {name: TINY_TRAINING[name] for name in ("iterations_per_epoch", "val_iterations_per_epoch", "plans_overrides")}
+SMALLER = {
+    name: TINY_TRAINING[name] for name in ("iterations_per_epoch", "val_iterations_per_epoch", "plans_overrides")
+}
 KIT_FOLDER = Path("kits") / "nnunet_flare"
 
 

@@ -9,7 +9,9 @@
     ├── StateError           run state on disk is locked, broken or of another run
     ├── PolicyError          a site's policy files are missing or not those that were installed
     ├── WorkerError          the nnU-Net process of a site died or misbehaved
-    └── ParticipationError   fewer sites answered than the job needs
+    ├── ParticipationError   fewer sites answered than the job needs
+    ├── UnreachableError     no answer from the FLARE server
+    └── RefusedError         the FLARE server refuses a command
 
 Every error carries the same fixed fields, so that it can travel as a reply from a site to the server
 (``to_reply``) without its text being able to carry anything else. ``local_detail`` (case names, paths, a
@@ -29,7 +31,9 @@ __all__ = [
     "ParticipationError",
     "PlansError",
     "PolicyError",
+    "RefusedError",
     "StateError",
+    "UnreachableError",
     "UpdateError",
     "WorkerError",
     "error_from_reply",
@@ -112,6 +116,14 @@ class WorkerError(NNUNetFlareError):
 
 class ParticipationError(NNUNetFlareError):
     code = "participation"
+
+
+class UnreachableError(NNUNetFlareError):
+    code = "unreachable"
+
+
+class RefusedError(NNUNetFlareError):
+    code = "refused"
 
 
 def error_from_reply(reply: Mapping[str, object]) -> NNUNetFlareError:

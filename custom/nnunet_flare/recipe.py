@@ -22,7 +22,7 @@ from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.protocol import TASKS
 from nnunet_flare.nnunet.config import TrainingConfig
 
-__all__ = ["JOBS", "AsymFedAvgRecipe", "FFERecipe"]
+__all__ = ["JOBS", "AsymFedAvgRecipe", "FFERecipe", "FederatedTrainingRecipe"]
 
 _SERVER_PARAMETERS = {"server": {"task_request_interval": 0.2}}
 _CLIENT_PARAMETERS = {
@@ -34,7 +34,7 @@ _PACKAGES = ["nnunet_flare"]
 _MARKER = Path(__file__).parent / "job_marker" / "README"
 
 
-class _FederatedTrainingRecipe(Recipe):
+class FederatedTrainingRecipe(Recipe):
     """What every job of this package consists of, around its controller."""
 
     def __init__(self, name: str, controller: FederatedTraining, federation: FederationConfig) -> None:
@@ -49,7 +49,7 @@ class _FederatedTrainingRecipe(Recipe):
         super().__init__(job)
 
 
-class FFERecipe(_FederatedTrainingRecipe):
+class FFERecipe(FederatedTrainingRecipe):
     """Federated fingerprint extraction and federated nnU-Net training (``jobs/ffe``).
 
     Args:
@@ -72,7 +72,7 @@ class FFERecipe(_FederatedTrainingRecipe):
         super().__init__(name, FFEController(name, *settings, list(keep_local) or None), federation)
 
 
-class AsymFedAvgRecipe(_FederatedTrainingRecipe):
+class AsymFedAvgRecipe(FederatedTrainingRecipe):
     """Asymmetric federated averaging: each site trains the network that fits its own data (``jobs/asym_fedavg``).
 
     Args:

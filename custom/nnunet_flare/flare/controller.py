@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 from nvflare.apis.analytix import AnalyticsDataType
 from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
+from nvflare.widgets.info_collector import InfoCollector
 
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.network import Network
 from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
-from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError
+from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError, StateError
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import FederationConfig
@@ -33,6 +35,7 @@ from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
 from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, check_versions
+from nnunet_flare.flare.results import PROGRESS, leave_results
 from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.flare.scoring import Scoring
@@ -46,6 +49,7 @@ __all__ = ["FederatedTraining"]
 SERVER = "server"
 TENSORBOARD_FOLDER = "tb_events"
 SHARING_FILE = "sharing.json"
+_STOPPED = "the job was stopped; submit it again to continue the run"
 ARTIFACTS = {
     "model": "model",
     "plans": "plans.json",
@@ -80,6 +84,7 @@ class FederatedTraining(Controller, ABC):
         self._config = TrainingConfig.from_json(training or {})
         self._federation = FederationConfig.from_json(federation or {})
         self._sharing_config = sharing
+        self._sites: dict[str, str] = {}
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """FLARE's hook; the run's folder is opened in ``control_flow``, where a failure can end the job."""
@@ -92,7 +97,10 @@ class FederatedTraining(Controller, ABC):
         self.log_info(fl_ctx, f"{client.name} answered {task_name} too late", fire_event=False)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        if event_type == EventType.END_RUN:
+        if event_type == InfoCollector.EVENT_TYPE_GET_STATS and hasattr(self, "_history"):
+            answer = {"sites": sorted(self._sites), "history": self._history.recent().to_json()}
+            fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR).set_info(PROGRESS, answer)
+        elif event_type == EventType.END_RUN:
             run_folder = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
             if (run_folder / TENSORBOARD_FOLDER).is_dir() and hasattr(self, "_folder"):
                 shutil.copytree(run_folder / TENSORBOARD_FOLDER, self._folder / "tensorboard", dirs_exist_ok=True)
@@ -100,6 +108,7 @@ class FederatedTraining(Controller, ABC):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         self._fl_ctx = fl_ctx
         self._conductor = Conductor(self, self._federation, fl_ctx, abort_signal, self._say)
+        self._error: NNUNetFlareError | None = None
         run = process = None
         try:
             local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
@@ -109,21 +118,32 @@ class FederatedTraining(Controller, ABC):
             process = self._process = NNUNetProcess(log_file=run.path / "nnunet.log", num_threads=1)
             self._conduct()
         except RunStoppedError:
-            self.log_info(fl_ctx, "the job was stopped; submit it again to continue the run")
+            self._say(_STOPPED)
         except NNUNetFlareError as error:
             if abort_signal.triggered:
-                self.log_info(fl_ctx, "the job was stopped; submit it again to continue the run")
+                self._say(_STOPPED)
             else:
-                self._fail(str(error), error.local_detail)
+                self._fail(error)
         except OSError as error:
-            self._fail(f"server: {error.strerror or type(error).__name__}; free disk space, then submit again", "")
+            self._fail(_disk_error(error))
         except Exception as error:
-            self._fail(f"server: {type(error).__name__}, a defect of this program; see its log", traceback.format_exc())
+            self._fail(_defect(error))
         finally:
             if process is not None:
                 process.close()
+            self._leave_results(run)
             if run is not None:
                 run.close()
+
+    def _leave_results(self, run: RunFolder | None) -> None:
+        """Put into the job's own folder what FLARE lets its submitter download; the simulator has no submitter."""
+        if self._fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
+            return
+        workspace = self._fl_ctx.get_engine().get_workspace()
+        try:
+            leave_results(run, Path(workspace.get_run_dir(self._fl_ctx.get_job_id())), self._error)
+        except OSError as error:
+            self.log_error(self._fl_ctx, f"results are not downloadable: {error.strerror}", fire_event=False)
 
     def _open(self, run: RunFolder, settings: SiteSettings) -> None:
         identity = {name: value for name, value in self._config.to_json().items() if name != "stop_after"}
@@ -154,11 +174,12 @@ class FederatedTraining(Controller, ABC):
     def _is_done(self) -> bool:
         return self._history.phase == "done" and bool(self._history.final)
 
-    def _fail(self, reason: str, detail: str) -> None:
-        self.log_error(self._fl_ctx, f"{reason} {detail}".strip(), fire_event=False)
+    def _fail(self, error: NNUNetFlareError) -> None:
+        self._error = error
+        self.log_error(self._fl_ctx, f"{error} {error.local_detail}".strip(), fire_event=False)
         if hasattr(self, "_history"):
-            self._note(phase="failed", error=reason)
-        self.system_panic(reason, self._fl_ctx)
+            self._note(phase="failed", error=str(error))
+        self.system_panic(str(error), self._fl_ctx)
 
     def _note(self, **changes: Any) -> None:
         self._history = self._history.changed(**changes)
@@ -418,4 +439,25 @@ class FederatedTraining(Controller, ABC):
 def _absent(site: str) -> ParticipationError:
     return ParticipationError(
         field="job", expected="the sites that the run began with", found="not connected", remedy="start it", site=site
+    )
+
+
+def _disk_error(error: OSError) -> StateError:
+    return StateError(
+        field="files of the run",
+        expected="files that can be read and written",
+        found=error.strerror or type(error).__name__,
+        remedy="free disk space, then submit again",
+        site=SERVER,
+    )
+
+
+def _defect(error: Exception) -> NNUNetFlareError:
+    return NNUNetFlareError(
+        field="job",
+        expected="a run to its end",
+        found=f"{type(error).__name__}, a defect of this program",
+        remedy="see the server's log",
+        site=SERVER,
+        local_detail=traceback.format_exc(),
     )

@@ -40,6 +40,7 @@ JSON_FILE = "metrics.json"
 CSV_FILE = "metrics.csv"
 PHASES = ("describe", "fingerprint", "plan", "preprocess", "train", "validate", "done", "failed")
 _MAX_SITES_IN_LINE = 6
+_RECENT_ROUNDS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +153,20 @@ class RunHistory:
         earlier = tuple(item for item in self.rounds if item.round < record.round)
         return self.changed(phase="train", rounds=(*earlier, record))
 
+    @property
+    def rounds_done(self) -> int:
+        return self.rounds[-1].round if self.rounds else 0
+
+    def recent(self) -> RunHistory:
+        """This history with its latest rounds alone: what somebody who follows the run has not seen yet."""
+        return replace(self, rounds=self.rounds[-_RECENT_ROUNDS:])
+
     def eta_seconds(self) -> float | None:
         """Median round time times the rounds to come; None before the first round and after the training."""
         if not self.rounds or self.phase != "train":
             return None
         typical = statistics.median(record.seconds for record in self.rounds)
-        return typical * max(0, self.num_rounds - self.rounds[-1].round)
+        return typical * max(0, self.num_rounds - self.rounds_done)
 
     def progress_line(self, record: RoundRecord) -> str:
         """The round in one line, for the log.
@@ -194,7 +203,7 @@ class RunHistory:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(("round", "site", "metric", "label", "value"))
         writer.writerows((*row, value if math.isfinite(value) else "") for *row, value in self._rows())
-        record = json.dumps(_plain(self), indent=1, allow_nan=False) + "\n"
+        record = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
         # The JSON file comes last: it is what a resumed run continues from.
         write_atomically(folder / CSV_FILE, lambda draft: draft.write_text(table.getvalue(), encoding="utf-8"))
         write_atomically(folder / JSON_FILE, lambda draft: draft.write_text(record, encoding="utf-8"))
@@ -211,6 +220,16 @@ class RunHistory:
         except (OSError, ValueError) as error:
             found = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
             raise _broken("file", "the record of a run", found, local_detail=str(error)) from error
+        return cls.from_json(content)
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON's types; ``from_json`` is its inverse."""
+        content: dict[str, Any] = _plain(self)
+        return content
+
+    @classmethod
+    def from_json(cls, content: object) -> RunHistory:
+        """Raises StateError: not of exactly the form that ``to_json`` gives."""
         history: RunHistory = _parsed(cls, content, "run")
         return history
 

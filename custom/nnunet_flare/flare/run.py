@@ -21,12 +21,23 @@ import numpy as np
 from nnunet_flare.errors import ConfigError, StateError
 from nnunet_flare.storage import FolderLock, read_json, write_atomically, write_json
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "check_run_name"]
 
 _MANIFEST = "run.json"
 _MANIFEST_KEYS = {"run_id": str, "finished": bool, "settings": dict}
 _GLOBAL = re.compile(r"global_(\d+)\.npz")
 _KEPT_GLOBALS = 2
+
+
+def check_run_name(name: object) -> None:
+    """Raises ConfigError: no plain folder name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name) or name == "archive":
+        raise ConfigError(
+            field="run",
+            expected="letters, digits, dot, dash and underscore",
+            found=repr(name),
+            remedy="give the run another name",
+        )
 
 
 class RunFolder:
@@ -38,13 +49,7 @@ class RunFolder:
     """
 
     def __init__(self, parent: Path, name: str) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name) or name == "archive":
-            raise ConfigError(
-                field="run",
-                expected="letters, digits, dot, dash and underscore",
-                found=repr(name),
-                remedy="give the run another name",
-            )
+        check_run_name(name)
         self.path = self.fold_path = parent / "runs" / name
         self._lock = FolderLock(parent / "runs" / ".locks" / name)
 
@@ -76,6 +81,9 @@ class RunFolder:
 
     def finish(self) -> None:
         write_json(self.path / _MANIFEST, self._manifest() | {"finished": True})
+
+    def is_finished(self) -> bool:
+        return bool(self._manifest().get("finished"))
 
     def _manifest(self) -> dict[str, Any]:
         file = self.path / _MANIFEST
@@ -119,8 +127,10 @@ class RunFolder:
         """True if the run, or a fold of it, has begun to train."""
         return any(self.path.glob("state/global_*.npz")) or any(self.path.glob("fold_*/state/global_*.npz"))
 
-    def _global_files(self) -> list[Path]:
-        return sorted(file for file in (self.fold_path / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))
+    def newest_globals(self) -> list[Path]:
+        """The newest file of weights of the run, or of each of its folds."""
+        files = (_global_files(folder) for folder in (self.path, *self.path.glob("fold_*")))
+        return [of_fold[-1] for of_fold in files if of_fold]
 
     def save_global(self, round_number: int, layers: Mapping[str, np.ndarray]) -> None:
         """Keep the weights that round ``round_number`` starts from; the two newest files stay."""
@@ -130,7 +140,7 @@ class RunFolder:
                 np.savez(handle, **layers)
 
         write_atomically(self.fold_path / "state" / f"global_{round_number:05d}.npz", write)
-        for old in self._global_files()[:-_KEPT_GLOBALS]:
+        for old in _global_files(self.fold_path)[:-_KEPT_GLOBALS]:
             old.unlink()
 
     def load_global(self) -> tuple[int, dict[str, np.ndarray]] | None:
@@ -139,7 +149,7 @@ class RunFolder:
         Raises:
             StateError: the newest file is damaged.
         """
-        files = self._global_files()
+        files = _global_files(self.fold_path)
         if not files:
             return None
         newest = files[-1]
@@ -154,3 +164,7 @@ class RunFolder:
                 remedy="remove the file; the run then continues from the round before",
                 local_detail=f"{newest}: {error}",
             ) from error
+
+
+def _global_files(folder: Path) -> list[Path]:
+    return sorted(file for file in (folder / "state").glob("global_*.npz") if _GLOBAL.fullmatch(file.name))

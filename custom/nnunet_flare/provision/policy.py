@@ -30,7 +30,7 @@ SERVER_STORAGE = "storage"
 _GUARD = {"id": "policy_guard", "path": "nnunet_flare.provision.guard.PolicyGuard"}
 _REPLACED = ("policy_guard", "site_log_streamer", "log_receiver")
 _NO_CODE = {"byoc": "none", "server-predeployed-flwr": "none"}
-_READ = {"view": "any", "app_command": "any"}
+_READ = {"view": "any"}
 
 
 @dataclass(frozen=True, kw_only=True)

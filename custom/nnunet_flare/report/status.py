@@ -1,4 +1,4 @@
-"""``nnunet-flare status``: how far a run is, read from its run folder alone."""
+"""``nnunet-flare status``: how far a run is, from its run folder or from what its server tells."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from nnunet_flare.flare.history import JSON_FILE, PHASES, RoundRecord, RunHistory, duration_text, in_site_order
 from nnunet_flare.report.table import MAX_WIDTH, artifact_lines, cross_site_table, final_table, score_text, table_lines
 
-__all__ = ["status_text"]
+__all__ = ["history_text", "status_text"]
 
 _ENDS = ("done", "failed")
 
 
-def status_text(run_folder: Path) -> str:
+def status_text(run_folder: Path, *, with_artifacts: bool = True) -> str:
     """Phase, rounds, the sites' latest scores, missing sites, the error or the final table, and the artifacts.
 
     Of a run over several folds, one fold after the other.
@@ -27,10 +27,18 @@ def status_text(run_folder: Path) -> str:
     """
     folds = sorted(run_folder.glob(f"fold_*/{JSON_FILE}"))
     if folds and not (run_folder / JSON_FILE).exists():
-        return "\n\n\n".join(status_text(file.parent) for file in folds)
+        return "\n\n\n".join(status_text(file.parent, with_artifacts=with_artifacts) for file in folds)
     history = RunHistory.load(run_folder)
+    blocks = [history_text(history)]
+    if with_artifacts and history.artifacts:
+        blocks.append("\n".join(artifact_lines(history, run_folder)))
+    return "\n\n".join(blocks)
+
+
+def history_text(history: RunHistory) -> str:
+    """As ``status_text``, without the artifacts."""
     facts = {"run": f"{history.run_name} ({history.run_id})", "phase": _phase(history)}
-    facts["rounds done"] = f"{len(history.rounds)} of {history.num_rounds}"
+    facts["rounds done"] = f"{history.rounds_done} of {history.num_rounds}"
     if eta := history.eta_seconds():
         facts["ETA"] = duration_text(eta)
     facts["time taken"] = duration_text(max(0.0, history.updated - history.started))
@@ -51,8 +59,6 @@ def status_text(run_folder: Path) -> str:
     if history.rounds and (missing := history.rounds[-1].missing):
         reasons = {site: missing[site] for site in in_site_order(missing)}
         blocks.append("missing in the last round\n" + _facts(reasons, indent="  "))
-    if history.artifacts:
-        blocks.append("\n".join(artifact_lines(history, run_folder)))
     return "\n\n".join(blocks)
 
 

@@ -1,0 +1,222 @@
+"""A session with the FLARE server: opened when needed, opened again when the server forgot it, always closed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.job_def import RunStatus
+from nvflare.fuel.flare_api.api_spec import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidJobDefinition,
+    JobNotFound,
+    JobNotRunning,
+)
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+from nnunet_flare.console.kit import AdminKit
+from nnunet_flare.errors import NNUNetFlareError, RefusedError, UnreachableError
+from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.flare.results import PROGRESS
+
+__all__ = ["AdminSession", "Job", "Progress"]
+
+_CONNECT_SECONDS = 10.0
+_COMMAND_SECONDS = 30.0
+_LOGIN_TRIES = 2
+_STORE = Path("transfer") / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One submission of a run, as the server remembers it.
+
+    Args:
+        id: FLARE's.
+        run: The job's name, which is its run's.
+        status: FLARE's ``RunStatus``.
+        submitted: Time of submission, as FLARE writes it.
+        duration: So far, or in all.
+        deployment: What each participant said to the deployment, such as ``site-1: OK``.
+    """
+
+    id: str
+    run: str
+    status: str
+    submitted: str = ""
+    duration: str = ""
+    deployment: tuple[str, ...] = ()
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status.startswith("FINISHED:")
+
+    @property
+    def is_complete(self) -> bool:
+        return self.status == RunStatus.FINISHED_COMPLETED
+
+    def refusals(self) -> tuple[str, ...]:
+        """What the participants said that did not take the job."""
+        return tuple(text for text in self.deployment if not text.endswith(": OK"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a running job tells of itself: its sites, and its history's latest rounds."""
+
+    sites: frozenset[str]
+    history: RunHistory
+
+
+class AdminSession:
+    """The commands that this package gives to a FLARE server.
+
+    A session that the server no longer knows, after its restart or for idleness, is opened again once.
+
+    Args:
+        kit: Of the person on whose behalf.
+
+    Raises:
+        UnreachableError: by every command: no answer from the server.
+        RefusedError: by every command: the server does not accept the person, or does not allow the command.
+    """
+
+    def __init__(self, kit: AdminKit) -> None:
+        self.kit = kit
+        self._session: Session | None = None
+
+    def __enter__(self) -> AdminSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            with _quiet(), contextlib.suppress(Exception):  # a server that is gone needs no good-bye
+                session.close()
+
+    def connected_sites(self) -> frozenset[str]:
+        return frozenset(client.name for client in self._ask("get_system_info").client_info)
+
+    def jobs(self, run: str) -> list[Job]:
+        """Submissions of the run, newest first."""
+        listed = self._ask("list_jobs", name_prefix=run, reverse=True)
+        return [
+            Job(
+                id=meta["job_id"],
+                run=meta["job_name"],
+                status=meta["status"],
+                submitted=meta.get("submit_time", ""),
+                duration=meta.get("duration", ""),
+            )
+            for meta in listed
+            if meta.get("job_name") == run
+        ]
+
+    def job(self, job_id: str) -> Job | None:
+        """The job as it is now; None if the server does not know it."""
+        try:
+            meta = self._ask("get_job_meta", job_id)
+        except JobNotFound:
+            return None
+        return Job(
+            id=job_id,
+            run=meta["name"],
+            status=meta["status"],
+            submitted=meta.get("submit_time_iso", ""),
+            duration=meta.get("duration", ""),
+            deployment=tuple(meta.get("job_deploy_detail") or ()),
+        )
+
+    def submit(self, job_folder: Path, token: str) -> str:
+        """Send a job and return its id; the same ``token`` never makes a second job of it."""
+        job_id: str = self._ask("submit_job", str(job_folder), submit_token=token)
+        return job_id
+
+    def progress(self, job_id: str) -> Progress | None:
+        """What a running job tells of itself; None before it has begun and after its end.
+
+        FLARE's ``show_stats`` needs no right but ``view``, so whoever may see the job may follow it.
+        """
+        try:
+            answer = self._ask("show_stats", job_id, "server")["server"][PROGRESS]
+            return Progress(sites=frozenset(answer["sites"]), history=RunHistory.from_json(answer["history"]))
+        except (JobNotFound, JobNotRunning, KeyError, TypeError):  # FLARE's words for a process that does not answer
+            return None
+
+    def abort(self, job_id: str) -> None:
+        self._ask("abort_job", job_id)
+
+    def download(self, job_id: str) -> Path:
+        """The job's folder as FLARE keeps it, brought into the kit's own ``transfer/results/`` once."""
+        store = self.kit.folder / _STORE
+        if not (store / job_id).is_dir():
+            self._ask("download_job_result", job_id, str(store))
+        return store / job_id
+
+    def _ask(self, command: str, *arguments: Any, **options: Any) -> Any:
+        reopened = self._session is None
+        while True:
+            try:
+                with _quiet():
+                    if self._session is None:
+                        self._session = self._open()
+                    return getattr(self._session, command)(*arguments, **options)
+            except (JobNotFound, JobNotRunning):
+                raise
+            except (AuthorizationError, InvalidJobDefinition) as error:
+                raise self._refused(command, str(error)) from error
+            except Exception as error:  # FLARE raises many things when the server does not answer as it should
+                self.close()
+                if reopened:
+                    raise self._failed(command, error) from error
+                reopened = True
+
+    def _open(self) -> Session:
+        return new_secure_session(
+            self.kit.user,
+            str(self.kit.folder),
+            timeout=_CONNECT_SECONDS,
+            command_timeout=_COMMAND_SECONDS,
+            auto_login_max_tries=_LOGIN_TRIES,
+        )
+
+    def _failed(self, command: str, error: Exception) -> NNUNetFlareError:
+        if isinstance(error, AuthenticationError):
+            return self._refused(command, str(error))
+        return UnreachableError(
+            field=f"FLARE server {self.kit.host}:{self.kit.port}",
+            expected=f"an answer to {command}",
+            found=type(error).__name__,
+            remedy="see that the server runs, that its name and port can be reached from here, "
+            "and that the kit is of this server and has not expired",
+            local_detail=str(error),
+        )
+
+    def _refused(self, command: str, reason: str) -> RefusedError:
+        return RefusedError(
+            field=command,
+            expected=f"a right of {self.kit.user}",
+            found=" ".join(reason.split()),
+            remedy="ask the project's administrator, or use the kit of a person who may",
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """FLARE prints and logs what the errors here say in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
