@@ -1,0 +1,308 @@
+"""What ``nvflare deploy prepare`` makes of the inputs in provisioning/; no engine runs, its artefacts are checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_launcher_spec import JobProcessArgs
+from nvflare.apis.workspace import Workspace
+from nvflare.app_opt.job_launcher.docker_launcher import ClientDockerJobLauncher
+from nvflare.app_opt.job_launcher.k8s_launcher import K8sJobHandle
+from nvflare.app_opt.job_launcher.study_runtime import load_study_runtime_file
+
+ROOT = Path(__file__).parents[2]
+INPUTS = ROOT / "provisioning" / "deploy"
+DOCKERFILE = (ROOT / "provisioning" / "Dockerfile").read_text()
+RUNTIMES = ("docker", "k8s", "slurm")
+SERVER, SITE = "localhost", "site-1"
+PORT = 8002
+MOUNT = "/var/tmp/nvflare/workspace"
+LAUNCHERS = {
+    "docker": "nvflare.app_opt.job_launcher.docker_launcher.{}DockerJobLauncher",
+    "k8s": "nvflare.app_opt.job_launcher.k8s_launcher.{}K8sJobLauncher",
+    "slurm": "nvflare.app_opt.job_launcher.slurm.{}SlurmJobLauncher",
+}
+PROJECT = f"""
+api_version: 3
+name: deploy_test
+participants:
+  - {{name: localhost, type: server, org: consortium, fed_learn_port: {PORT}}}
+  - {{name: site-1, type: client, org: hospital_1}}
+  - {{name: admin@example.org, type: admin, org: consortium, role: project_admin}}
+builders:
+  - path: nvflare.lighter.impl.workspace.WorkspaceBuilder
+  - path: nvflare.lighter.impl.static_file.StaticFileBuilder
+    args: {{config_folder: config, scheme: grpc}}
+  - path: nvflare.lighter.impl.cert.CertBuilder
+"""
+
+
+def nvflare(home: Path, *arguments: str | Path) -> None:
+    command = [Path(sys.executable).with_name("nvflare"), *arguments]
+    result = subprocess.run(command, cwd=home, env=os.environ | {"HOME": str(home)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the kits."""
+    folder = tmp_path_factory.mktemp("provisioned")
+    (folder / "project.yml").write_text(PROJECT)
+    nvflare(folder, "provision", "-p", "project.yml", "-w", "workspace", "--force")
+    return folder / "workspace" / "deploy_test" / "prod_00"
+
+
+def of(*runtimes: str, kits: tuple[str, ...] = (SERVER, SITE)) -> pytest.MarkDecorator:
+    """Which prepared kits a test is about."""
+    cases = [(runtime, kit) for runtime in runtimes for kit in kits]
+    return pytest.mark.parametrize("prepared", cases, ids="-".join, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(request: pytest.FixtureRequest, provisioned: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One kit with our study_runtime.yaml, and the same kit prepared for one runtime."""
+    runtime, name = request.param
+    folder = tmp_path_factory.mktemp("prepared")
+    kit = shutil.copytree(provisioned / name, folder / "kit" / name)
+    role = "server" if name == SERVER else "site"
+    study = "slurm" if runtime == "slurm" else f"{runtime}_{role}"
+    shutil.copy(INPUTS / "study_runtime" / f"{study}.yaml", kit / "local" / "study_runtime.yaml")
+    output = folder / name
+    nvflare(folder, "deploy", "prepare", kit, "--config", INPUTS / f"{runtime}.yaml", "--output", output)
+    return SimpleNamespace(runtime=runtime, role=role, name=name, kit=kit, output=output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def components(kit: Path) -> dict[str, dict]:
+    resources = json.loads((kit / "local" / "resources.json.default").read_text())
+    return {component["id"]: component for component in resources["components"]}
+
+
+@of(*RUNTIMES)
+def test_jobs_are_launched_by_the_runtimes_own_launcher_and_no_other(prepared):
+    found = components(prepared.output)
+    launcher = LAUNCHERS[prepared.runtime].format("Server" if prepared.role == "server" else "Client")
+    assert [item["path"] for name, item in found.items() if name.endswith("_launcher")] == [launcher]
+    assert found["resource_manager"]["path"].endswith(".PassthroughResourceManager")
+    assert "resource_consumer" not in found
+
+
+@of(*RUNTIMES)
+def test_preparing_changes_these_files_and_no_others(prepared):
+    before, after = contents(prepared.kit), contents(prepared.output)
+    written = {name for name in after if before.get(name) != after[name]}
+    removed = {name for name in before if name not in after}
+    chart = {name for name in written if name.startswith("helm_chart/")}
+    starts = {"docker": {"startup/start_docker.sh"}, "k8s": set(), "slurm": {"startup/start_slurm.sh"}}
+    assert written - chart == {"local/resources.json.default", "local/comm_config.json"} | starts[prepared.runtime]
+    assert bool(chart) == (prepared.runtime == "k8s")
+    kept = {"startup/sub_start.sh"} if prepared.runtime == "slurm" else set()
+    assert removed == {"startup/start.sh", "startup/sub_start.sh", "startup/stop_fl.sh"} - kept
+
+
+@of(*RUNTIMES)
+def test_preparing_drops_resources_json_and_keeps_the_rest_of_resources_json_default(prepared, tmp_path: Path):
+    kit = shutil.copytree(prepared.kit, tmp_path / prepared.name)
+    policy = json.loads((kit / "local" / "resources.json.default").read_text())
+    policy |= {"class_allow_list": ["nnunet_flare."], "allow_log_streaming": False}
+    for name in ("resources.json", "resources.json.default"):
+        (kit / "local" / name).write_text(json.dumps(policy))
+    nvflare(tmp_path, "deploy", "prepare", kit, "--config", INPUTS / f"{prepared.runtime}.yaml", "--output", "out")
+    after = json.loads((tmp_path / "out" / "local" / "resources.json.default").read_text())
+    replaced = {"components", "snapshot_persistor"}
+    assert {key: after[key] for key in after.keys() - replaced} == {
+        key: policy[key] for key in policy.keys() - replaced
+    }
+    assert not (tmp_path / "out" / "local" / "resources.json").exists()
+
+
+@of(*RUNTIMES)
+def test_the_private_key_is_in_startup_alone_and_only_its_owner_reads_it(prepared):
+    keys = [name for name, content in contents(prepared.output).items() if b"PRIVATE KEY" in content]
+    key = f"startup/{'server' if prepared.role == 'server' else 'client'}.key"
+    assert keys == [key]
+    assert (prepared.output / key).stat().st_mode & 0o077 == 0
+
+
+@of(*RUNTIMES)
+def test_parent_and_jobs_talk_over_mutual_tls(prepared):
+    internal = json.loads((prepared.output / "local" / "comm_config.json").read_text())["internal"]
+    assert (internal["scheme"], internal["resources"]["connection_security"]) == ("tcp", "mtls")
+
+
+@of(*RUNTIMES, kits=(SERVER,))
+def test_the_server_keeps_its_jobs_in_the_workspace(prepared):
+    workspace = str(prepared.output) if prepared.runtime == "slurm" else MOUNT
+    assert components(prepared.output)["job_manager"]["args"]["uri_root"] == f"{workspace}/jobs-storage"
+
+
+@of(*RUNTIMES)
+def test_every_script_parses_and_every_yaml_file_loads(prepared):
+    scripts = [file for file in prepared.output.rglob("*") if file.suffix in (".sh", ".slurm")]
+    assert len(scripts) == {"docker": 1, "k8s": 0, "slurm": 2}[prepared.runtime]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+    charts = {"Chart.yaml", "values.yaml"} if prepared.runtime == "k8s" else set()
+    files = {file.name: file for file in prepared.output.rglob("*.yaml") if "templates" not in file.parts}
+    assert files.keys() == {"study_runtime.yaml"} | charts
+    for file in files.values():
+        assert yaml.safe_load(file.read_text())
+
+
+@of("docker", "k8s")
+def test_jobs_get_the_sites_image_its_data_to_read_and_a_state_that_outlives_them(prepared):
+    study = study_runtime(prepared)
+    assert study.container_image == settings(prepared.runtime)["parent"]["docker_image"]
+    raw = {"/data/default/raw": True} if prepared.role == "site" else {}
+    assert {mount.mount_path: mount.read_only for mount in study.datasets} == {"/data/default/state": False} | raw
+
+
+@of("slurm")
+def test_slurm_jobs_get_the_sites_folders(prepared):
+    assert study_runtime(prepared).env.keys() == {"NNUNET_FLARE_HOME", "nnUNet_raw"}
+
+
+def study_runtime(prepared):
+    return load_study_runtime_file(str(prepared.output / "local" / "study_runtime.yaml"), prepared.runtime)["default"]
+
+
+def settings(runtime: str) -> dict:
+    return yaml.safe_load((INPUTS / f"{runtime}.yaml").read_text())
+
+
+@of("docker")
+def test_the_docker_script_mounts_the_kit_and_publishes_only_the_servers_port(prepared, tmp_path: Path):
+    (tmp_path / "docker").write_text('#!/bin/bash\nprintf "%s\\n" "$*" >> "$LOG"\n')
+    (tmp_path / "docker").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "DOCKER_HOST": "tcp://127.0.0.1:1",
+        "NVFL_DOCKER_SOCK_GID": "999",
+    }
+    subprocess.run(["bash", prepared.output / "startup" / "start_docker.sh"], env=environment, check=True)
+    calls = (tmp_path / "log").read_text().splitlines()
+    run = next(shlex.split(call) for call in calls if call.startswith("run "))
+    options = list(pairwise(run))
+    assert ("--rm", settings("docker")["parent"]["docker_image"]) in options
+    assert ("--user", f"{os.getuid()}:{os.getgid()}") in options
+    assert ("--network", "nnunet-flare") in options
+    assert [value for option, value in options if option == "-v"] == [f"{prepared.output}:{MOUNT}"]
+    published = [value for option, value in options if option == "-p"]
+    assert published == ([f"{PORT}:{PORT}"] if prepared.role == "server" else [])
+
+
+@of("docker", kits=(SITE,))
+def test_a_docker_job_sees_its_own_folder_and_the_data_and_nothing_of_the_host(prepared, monkeypatch):
+    launcher = ClientDockerJobLauncher(
+        workspace=str(prepared.output), **components(prepared.output)["docker_launcher"]["args"]
+    )
+    monkeypatch.setattr(launcher, "WORKSPACE_MOUNT", str(prepared.output))
+    launched: dict = {}
+
+    def run(image, **options):
+        launched.update(options, image=image)
+        raise InterruptedError
+
+    launcher._docker_client = SimpleNamespace(containers=SimpleNamespace(run=run))
+    context = FLContext()
+    context.set_prop(ReservedKey.IDENTITY_NAME, SITE, private=False, sticky=False)
+    context.set_prop(FLContextKey.WORKSPACE_OBJECT, Workspace(str(prepared.output), SITE), private=True, sticky=False)
+    arguments = {
+        JobProcessArgs.EXE_MODULE: ("-m", "nvflare.private.fed.app.client.worker_process"),
+        JobProcessArgs.PARENT_URL: ("-p", "stcp://0.0.0.0:8102"),
+        JobProcessArgs.PARENT_CONN_SEC: ("-x", "mtls"),
+    }
+    context.set_prop(FLContextKey.JOB_PROCESS_ARGS, arguments, private=True, sticky=False)
+    with pytest.raises(InterruptedError):
+        launcher.launch_job({"job_id": "a-job", "study": "default"}, context)
+
+    mounts = {mount["Target"]: (mount["Source"], mount["ReadOnly"]) for mount in launched["mounts"]}
+    workspace = str(prepared.output)
+    assert mounts == {
+        workspace: (None, False),
+        f"{workspace}/startup": (f"{workspace}/startup", True),
+        f"{workspace}/local": (f"{workspace}/local", True),
+        f"{workspace}/a-job": (f"{workspace}/a-job", False),
+        "/data/default/raw": ("/srv/nnunet-flare/raw", True),
+        "/data/default/state": ("/srv/nnunet-flare/state", False),
+    }
+    assert launched["user"] == f"{os.getuid()}:{os.getgid()}"
+    assert (launched["cap_drop"], launched["security_opt"]) == (["ALL"], ["no-new-privileges"])
+    assert launched["device_requests"] == [{"Count": -1, "Capabilities": [["gpu"]]}]
+
+
+@of("k8s")
+def test_the_chart_names_image_claim_ports_and_an_unprivileged_user(prepared):
+    values = yaml.safe_load((prepared.output / "helm_chart" / "values.yaml").read_text())
+    assert "{repository}:{tag}".format(**values["image"]) == settings("k8s")["parent"]["docker_image"]
+    assert values["persistence"]["workspace"]["claimName"] == "nnunet-flare-workspace"
+    assert values["securityContext"]["runAsNonRoot"] is True
+    assert values.get("fedLearnPort") == (PORT if prepared.role == "server" else None)
+    launcher = components(prepared.output)["k8s_launcher"]["args"]
+    assert launcher["security_context"] == values["securityContext"]
+    assert launcher["namespace"] == "nnunet-flare"
+
+
+@of("k8s", kits=(SITE,))
+def test_a_kubernetes_job_is_unprivileged_and_has_room_for_augmentation_workers(prepared):
+    study = study_runtime(prepared)
+    job = {"name": "a-job", "image": study.container_image, "container_name": "container-a-job", "command": "module"}
+    pod = K8sJobHandle("a-job", None, job, pod_manifest_template=study.pod_template).get_manifest()["spec"]
+    [container] = pod["containers"]
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert pod["automountServiceAccountToken"] is False
+    assert container["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
+    assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
+
+
+@of("slurm")
+def test_slurm_jobs_run_in_the_prepared_folder(prepared):
+    arguments = components(prepared.output)["slurm_launcher"]["args"]
+    assert arguments["workspace_path"] == str(prepared.output)
+    given = settings("slurm")["job_launcher"]
+    assert {name: arguments[name] for name in given} == given
+    internal = json.loads((prepared.output / "local" / "comm_config.json").read_text())["internal"]
+    assert internal["resources"]["port"] == arguments["internal_port"]
+
+
+def test_the_image_is_built_from_pinned_versions_by_named_files_and_runs_as_no_root():
+    steps = [line.split(maxsplit=1) for line in DOCKERFILE.replace("\\\n", "").splitlines() if line[:1].isupper()]
+    assert steps[0] == ["FROM", "python:3.11-slim"]
+    assert [value for step, value in steps if step == "USER"][-1].split(":")[0] not in ("0", "root")
+    assert not [step for step, _ in steps if step == "ADD"]
+    for command in re.findall(r"pip install.*", DOCKERFILE):
+        assert "--constraint constraints.txt" in command
+    mounted = dict(re.findall(r"(NNUNET_FLARE_HOME|nnUNet_raw)=(\S+)", DOCKERFILE))
+    assert mounted == {"NNUNET_FLARE_HOME": "/data/default/state", "nnUNet_raw": "/data/default/raw"}
+
+
+def test_the_files_that_the_image_copies_make_the_package(tmp_path: Path):
+    copied = [name for line in re.findall(r"^COPY (.+) \./", DOCKERFILE, re.MULTILINE) for name in line.split()]
+    ignored = (ROOT / "provisioning" / "Dockerfile.dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
+    for name in copied:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", tmp_path / "installed", tmp_path], check=True)
+    code = "import nnunet_flare.cli; print(nnunet_flare.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.startswith(str(tmp_path / "installed")), result.stderr
