@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -23,11 +24,12 @@ from nvflare.app_opt.job_launcher.docker_launcher import ClientDockerJobLauncher
 from nvflare.app_opt.job_launcher.k8s_launcher import K8sJobHandle
 from nvflare.app_opt.job_launcher.study_runtime import load_study_runtime_file
 
+from startup_kits import SERVER, SITE, nvflare, provision
+
 ROOT = Path(__file__).parents[2]
 INPUTS = ROOT / "provisioning" / "deploy"
 DOCKERFILE = (ROOT / "provisioning" / "Dockerfile").read_text()
 RUNTIMES = ("docker", "k8s", "slurm")
-SERVER, SITE = "localhost", "site-1"
 PORT = 8002
 MOUNT = "/var/tmp/nvflare/workspace"
 LAUNCHERS = {
@@ -35,34 +37,12 @@ LAUNCHERS = {
     "k8s": "nvflare.app_opt.job_launcher.k8s_launcher.{}K8sJobLauncher",
     "slurm": "nvflare.app_opt.job_launcher.slurm.{}SlurmJobLauncher",
 }
-PROJECT = f"""
-api_version: 3
-name: deploy_test
-participants:
-  - {{name: localhost, type: server, org: consortium, fed_learn_port: {PORT}}}
-  - {{name: site-1, type: client, org: hospital_1}}
-  - {{name: admin@example.org, type: admin, org: consortium, role: project_admin}}
-builders:
-  - path: nvflare.lighter.impl.workspace.WorkspaceBuilder
-  - path: nvflare.lighter.impl.static_file.StaticFileBuilder
-    args: {{config_folder: config, scheme: grpc}}
-  - path: nvflare.lighter.impl.cert.CertBuilder
-"""
-
-
-def nvflare(home: Path, *arguments: str | Path) -> None:
-    command = [Path(sys.executable).with_name("nvflare"), *arguments]
-    result = subprocess.run(command, cwd=home, env=os.environ | {"HOME": str(home)}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
 def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the kits."""
-    folder = tmp_path_factory.mktemp("provisioned")
-    (folder / "project.yml").write_text(PROJECT)
-    nvflare(folder, "provision", "-p", "project.yml", "-w", "workspace", "--force")
-    return folder / "workspace" / "deploy_test" / "prod_00"
+    return provision(tmp_path_factory.mktemp("provisioned"), port=PORT)
 
 
 def of(*runtimes: str, kits: tuple[str, ...] = (SERVER, SITE)) -> pytest.MarkDecorator:
@@ -258,6 +238,27 @@ def test_the_chart_names_image_claim_ports_and_an_unprivileged_user(prepared):
     launcher = components(prepared.output)["k8s_launcher"]["args"]
     assert launcher["security_context"] == values["securityContext"]
     assert launcher["namespace"] == "nnunet-flare"
+
+
+@of("k8s")
+def test_staging_puts_the_private_key_into_the_secret_only(prepared, tmp_path: Path):
+    (tmp_path / "kubectl").write_text('#!/bin/bash\ncat >> "$LOG"; echo --- >> "$LOG"\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    kit = shutil.copytree(prepared.output, tmp_path / prepared.name)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    nvflare(tmp_path, "deploy", "k8", "stage", kit, "--namespace", "nnunet-flare", **environment)
+    applied = {item["kind"]: item for item in yaml.safe_load_all((tmp_path / "log").read_text()) if item}
+    data = {
+        kind: [base64.b64decode(value) for value in (item.get("data") or item["binaryData"]).values()]
+        for kind, item in applied.items()
+    }
+    assert {kind: sum(b"PRIVATE KEY" in value for value in values) for kind, values in data.items()} == {
+        "ConfigMap": 0,
+        "Secret": 1,
+    }
+    assert (prepared.output / "local" / "study_runtime.yaml").read_bytes() in data["ConfigMap"]
+    startup = yaml.safe_load((kit / "helm_chart" / "values.yaml").read_text())["workspaceConfig"]["startup"]
+    assert startup["secretName"] == applied["Secret"]["metadata"]["name"]
 
 
 @of("k8s", kits=(SITE,))
