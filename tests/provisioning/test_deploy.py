@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from local_federation import SERVER, LocalFederation
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_launcher_spec import JobProcessArgs
@@ -24,13 +25,17 @@ from nvflare.app_opt.job_launcher.docker_launcher import ClientDockerJobLauncher
 from nvflare.app_opt.job_launcher.k8s_launcher import K8sJobHandle
 from nvflare.app_opt.job_launcher.study_runtime import load_study_runtime_file
 
-from startup_kits import SERVER, SITE, nvflare, provision
+from commands import run
+from nnunet_flare import __version__
+from nnunet_flare.errors import PolicyError
+from nnunet_flare.provision.manifest import SITE as SIGNED_BY_SITE
+from nnunet_flare.provision.manifest import PolicyManifest
 
 ROOT = Path(__file__).parents[2]
 INPUTS = ROOT / "provisioning" / "deploy"
 DOCKERFILE = (ROOT / "provisioning" / "Dockerfile").read_text()
 RUNTIMES = ("docker", "k8s", "slurm")
-PORT = 8002
+SITE = "hospital-a"
 MOUNT = "/var/tmp/nvflare/workspace"
 LAUNCHERS = {
     "docker": "nvflare.app_opt.job_launcher.docker_launcher.{}DockerJobLauncher",
@@ -40,9 +45,11 @@ LAUNCHERS = {
 
 
 @pytest.fixture(scope="module")
-def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the kits."""
-    return provision(tmp_path_factory.mktemp("provisioned"), port=PORT)
+def provisioned(tmp_path_factory: pytest.TempPathFactory) -> LocalFederation:
+    """The kits of provisioning/project.yml; nothing is started."""
+    federation = LocalFederation(tmp_path_factory.mktemp("provisioned"))
+    federation.provision()
+    return federation
 
 
 def of(*runtimes: str, kits: tuple[str, ...] = (SERVER, SITE)) -> pytest.MarkDecorator:
@@ -52,17 +59,20 @@ def of(*runtimes: str, kits: tuple[str, ...] = (SERVER, SITE)) -> pytest.MarkDec
 
 
 @pytest.fixture(scope="module")
-def prepared(request: pytest.FixtureRequest, provisioned: Path, tmp_path_factory: pytest.TempPathFactory):
+def prepared(request: pytest.FixtureRequest, provisioned: LocalFederation, tmp_path_factory: pytest.TempPathFactory):
     """One kit with our study_runtime.yaml, and the same kit prepared for one runtime."""
     runtime, name = request.param
     folder = tmp_path_factory.mktemp("prepared")
-    kit = shutil.copytree(provisioned / name, folder / "kit" / name)
+    kit = shutil.copytree(provisioned.kits[name], folder / "kit" / name)
     role = "server" if name == SERVER else "site"
     study = "slurm" if runtime == "slurm" else f"{runtime}_{role}"
     shutil.copy(INPUTS / "study_runtime" / f"{study}.yaml", kit / "local" / "study_runtime.yaml")
     output = folder / name
-    nvflare(folder, "deploy", "prepare", kit, "--config", INPUTS / f"{runtime}.yaml", "--output", output)
-    return SimpleNamespace(runtime=runtime, role=role, name=name, kit=kit, output=output)
+    config = INPUTS / f"{runtime}.yaml"
+    run("nvflare", "deploy", "prepare", kit, "--config", config, "--output", output, folder=folder)
+    server = provisioned.project["participants"][0]
+    ports = {server["fed_learn_port"], server["admin_port"]} if role == "server" else set()
+    return SimpleNamespace(runtime=runtime, role=role, name=name, kit=kit, output=output, ports=ports)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -93,23 +103,26 @@ def test_preparing_changes_these_files_and_no_others(prepared):
     assert written - chart == {"local/resources.json.default", "local/comm_config.json"} | starts[prepared.runtime]
     assert bool(chart) == (prepared.runtime == "k8s")
     kept = {"startup/sub_start.sh"} if prepared.runtime == "slurm" else set()
-    assert removed == {"startup/start.sh", "startup/sub_start.sh", "startup/stop_fl.sh"} - kept
+    stale = {"local/resources.json"} | {f"startup/{name}.sh" for name in ("start", "sub_start", "stop_fl")}
+    assert removed == stale - kept
 
 
 @of(*RUNTIMES)
-def test_preparing_drops_resources_json_and_keeps_the_rest_of_resources_json_default(prepared, tmp_path: Path):
-    kit = shutil.copytree(prepared.kit, tmp_path / prepared.name)
-    policy = json.loads((kit / "local" / "resources.json.default").read_text())
-    policy |= {"class_allow_list": ["nnunet_flare."], "allow_log_streaming": False}
-    for name in ("resources.json", "resources.json.default"):
-        (kit / "local" / name).write_text(json.dumps(policy))
-    nvflare(tmp_path, "deploy", "prepare", kit, "--config", INPUTS / f"{prepared.runtime}.yaml", "--output", "out")
-    after = json.loads((tmp_path / "out" / "local" / "resources.json.default").read_text())
-    replaced = {"components", "snapshot_persistor"}
-    assert {key: after[key] for key in after.keys() - replaced} == {
-        key: policy[key] for key in policy.keys() - replaced
-    }
-    assert not (tmp_path / "out" / "local" / "resources.json").exists()
+def test_the_policy_stays_in_force_and_the_site_records_it_anew(prepared):
+    before = json.loads((prepared.kit / "local" / "resources.json").read_text())
+    after = json.loads((prepared.output / "local" / "resources.json.default").read_text())
+    kept = before.keys() - {"components", "snapshot_persistor"}
+    assert {key: after.get(key) for key in kept} == {key: before[key] for key in kept}
+    assert after["components"][0]["path"] == "nnunet_flare.provision.guard.PolicyGuard"
+
+    kit = shutil.copytree(prepared.output, prepared.output.with_name("recorded"), dirs_exist_ok=True)
+    with pytest.raises(PolicyError, match=r"resources\.json was removed, .*resources\.json\.default was changed"):
+        PolicyManifest.check(kit)
+    PolicyManifest.write(kit)
+    assert PolicyManifest.check(kit).signer == SIGNED_BY_SITE
+    (kit / "local" / "study_runtime.yaml").write_text("studies: {}")
+    with pytest.raises(PolicyError, match=r"study_runtime\.yaml was changed"):
+        PolicyManifest.check(kit)
 
 
 @of(*RUNTIMES)
@@ -130,6 +143,9 @@ def test_parent_and_jobs_talk_over_mutual_tls(prepared):
 def test_the_server_keeps_its_jobs_in_the_workspace(prepared):
     workspace = str(prepared.output) if prepared.runtime == "slurm" else MOUNT
     assert components(prepared.output)["job_manager"]["args"]["uri_root"] == f"{workspace}/jobs-storage"
+    resources = json.loads((prepared.output / "local" / "resources.json.default").read_text())
+    storage = resources["snapshot_persistor"]["args"]["storage"]
+    assert storage["args"] == {"root_dir": f"{workspace}/snapshot-storage"}
 
 
 @of(*RUNTIMES)
@@ -149,6 +165,7 @@ def test_every_script_parses_and_every_yaml_file_loads(prepared):
 def test_jobs_get_the_sites_image_its_data_to_read_and_a_state_that_outlives_them(prepared):
     study = study_runtime(prepared)
     assert study.container_image == settings(prepared.runtime)["parent"]["docker_image"]
+    assert study.container_image.endswith(f"nnunet-flare:{__version__}")
     raw = {"/data/default/raw": True} if prepared.role == "site" else {}
     assert {mount.mount_path: mount.read_only for mount in study.datasets} == {"/data/default/state": False} | raw
 
@@ -178,14 +195,13 @@ def test_the_docker_script_mounts_the_kit_and_publishes_only_the_servers_port(pr
     }
     subprocess.run(["bash", prepared.output / "startup" / "start_docker.sh"], env=environment, check=True)
     calls = (tmp_path / "log").read_text().splitlines()
-    run = next(shlex.split(call) for call in calls if call.startswith("run "))
-    options = list(pairwise(run))
+    started = next(shlex.split(call) for call in calls if call.startswith("run "))
+    options = list(pairwise(started))
     assert ("--rm", settings("docker")["parent"]["docker_image"]) in options
     assert ("--user", f"{os.getuid()}:{os.getgid()}") in options
     assert ("--network", "nnunet-flare") in options
     assert [value for option, value in options if option == "-v"] == [f"{prepared.output}:{MOUNT}"]
-    published = [value for option, value in options if option == "-p"]
-    assert published == ([f"{PORT}:{PORT}"] if prepared.role == "server" else [])
+    assert {value for option, value in options if option == "-p"} == {f"{port}:{port}" for port in prepared.ports}
 
 
 @of("docker", kits=(SITE,))
@@ -196,11 +212,11 @@ def test_a_docker_job_sees_its_own_folder_and_the_data_and_nothing_of_the_host(p
     monkeypatch.setattr(launcher, "WORKSPACE_MOUNT", str(prepared.output))
     launched: dict = {}
 
-    def run(image, **options):
+    def start(image, **options):
         launched.update(options, image=image)
         raise InterruptedError
 
-    launcher._docker_client = SimpleNamespace(containers=SimpleNamespace(run=run))
+    launcher._docker_client = SimpleNamespace(containers=SimpleNamespace(run=start))
     context = FLContext()
     context.set_prop(ReservedKey.IDENTITY_NAME, SITE, private=False, sticky=False)
     context.set_prop(FLContextKey.WORKSPACE_OBJECT, Workspace(str(prepared.output), SITE), private=True, sticky=False)
@@ -234,7 +250,7 @@ def test_the_chart_names_image_claim_ports_and_an_unprivileged_user(prepared):
     assert "{repository}:{tag}".format(**values["image"]) == settings("k8s")["parent"]["docker_image"]
     assert values["persistence"]["workspace"]["claimName"] == "nnunet-flare-workspace"
     assert values["securityContext"]["runAsNonRoot"] is True
-    assert values.get("fedLearnPort") == (PORT if prepared.role == "server" else None)
+    assert {values[name] for name in ("fedLearnPort", "adminPort") if name in values} == prepared.ports
     launcher = components(prepared.output)["k8s_launcher"]["args"]
     assert launcher["security_context"] == values["securityContext"]
     assert launcher["namespace"] == "nnunet-flare"
@@ -246,7 +262,7 @@ def test_staging_puts_the_private_key_into_the_secret_only(prepared, tmp_path: P
     (tmp_path / "kubectl").chmod(0o755)
     kit = shutil.copytree(prepared.output, tmp_path / prepared.name)
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
-    nvflare(tmp_path, "deploy", "k8", "stage", kit, "--namespace", "nnunet-flare", **environment)
+    run("nvflare", "deploy", "k8", "stage", kit, "--namespace", "nnunet-flare", folder=tmp_path, **environment)
     applied = {item["kind"]: item for item in yaml.safe_load_all((tmp_path / "log").read_text()) if item}
     data = {
         kind: [base64.b64decode(value) for value in (item.get("data") or item["binaryData"]).values()]

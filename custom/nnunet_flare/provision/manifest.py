@@ -38,6 +38,7 @@ _COVERED = (
     "local/authorization.json.default",
     "local/comm_config.json",
     "local/study_registry.json",
+    "local/study_runtime.yaml",  # names the image that jobs run in
 )
 _PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)
 _REMEDY = (

@@ -84,7 +84,7 @@ def _resources(policy: SitePolicy, default: Mapping[str, Any]) -> dict[str, Any]
             components["job_store"] = {"id": "job_store", "path": "nnunet_flare.provision.storage.KitStorage"}
             resources["snapshot_persistor"]["args"]["storage"] = {
                 "path": "nnunet_flare.provision.storage.KitStorage",
-                "args": {"folder": f"{SERVER_STORAGE}/snapshots"},
+                "args": {"root_dir": f"{SERVER_STORAGE}/snapshots"},
             }
     except (KeyError, TypeError) as error:
         raise ConfigError(

@@ -13,8 +13,9 @@ class KitStorage(FilesystemStorage):
     """FLARE's file storage in a folder of the kit; FLARE itself takes absolute paths only, and defaults to ``/tmp``.
 
     Args:
-        folder: Relative to the kit's folder, which is where FLARE's processes run.
+        root_dir: Relative to the kit's folder, which is where FLARE's processes run. ``nvflare deploy prepare`` knows
+            the argument by this name, and puts an absolute path there.
     """
 
-    def __init__(self, folder: str = ".") -> None:
-        super().__init__(root_dir=str(Path(folder).absolute()))
+    def __init__(self, root_dir: str = ".") -> None:
+        super().__init__(root_dir=str(Path(root_dir).absolute()))
