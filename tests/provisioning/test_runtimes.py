@@ -30,6 +30,7 @@ from nnunet_flare import __version__
 from nnunet_flare.errors import PolicyError
 from nnunet_flare.provision.manifest import SITE as SIGNED_BY_SITE
 from nnunet_flare.provision.manifest import PolicyManifest
+from nnunet_flare.provision.storage import KitStorage
 
 ROOT = Path(__file__).parents[2]
 INPUTS = ROOT / "provisioning" / "deploy"
@@ -146,6 +147,16 @@ def test_the_server_keeps_its_jobs_in_the_workspace(prepared):
     resources = json.loads((prepared.output / "local" / "resources.json.default").read_text())
     storage = resources["snapshot_persistor"]["args"]["storage"]
     assert storage["args"] == {"root_dir": f"{workspace}/snapshot-storage"}
+
+
+@of("slurm", kits=(SERVER,))
+def test_jobs_are_stored_where_the_prepared_server_says(prepared, monkeypatch):
+    jobs = components(prepared.output)["job_manager"]["args"]["uri_root"]
+    monkeypatch.chdir(prepared.output)
+    KitStorage().create_object(f"{jobs}/a-job", b"", {})
+    assert KitStorage().list_objects(jobs) == [f"{jobs}/a-job"]
+    assert (prepared.output / "jobs-storage" / "a-job").is_dir()
+    shutil.rmtree(prepared.output / "jobs-storage")
 
 
 @of(*RUNTIMES)
@@ -306,6 +317,7 @@ def test_the_image_is_built_from_pinned_versions_by_named_files_and_runs_as_no_r
     assert not [step for step, _ in steps if step == "ADD"]
     for command in re.findall(r"pip install.*", DOCKERFILE):
         assert "--constraint constraints.txt" in command
+    assert [value for step, value in steps if step == "WORKDIR"][-1] == MOUNT
     mounted = dict(re.findall(r"(NNUNET_FLARE_HOME|nnUNet_raw)=(\S+)", DOCKERFILE))
     assert mounted == {"NNUNET_FLARE_HOME": "/data/default/state", "nnUNet_raw": "/data/default/raw"}
 
