@@ -22,8 +22,9 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_launcher_spec import JobProcessArgs
 from nvflare.apis.workspace import Workspace
 from nvflare.app_opt.job_launcher.docker_launcher import ClientDockerJobLauncher
-from nvflare.app_opt.job_launcher.k8s_launcher import K8sJobHandle
+from nvflare.app_opt.job_launcher.k8s_launcher import K8sJobHandle, _keep_startup_file
 from nvflare.app_opt.job_launcher.study_runtime import load_study_runtime_file
+from nvflare.app_opt.job_launcher.workspace_cell_transfer import _zip_workspace_to_file
 
 from commands import run
 from nnunet_flare import __version__
@@ -298,6 +299,21 @@ def test_a_kubernetes_job_is_unprivileged_and_has_room_for_augmentation_workers(
     assert pod["automountServiceAccountToken"] is False
     assert container["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
     assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
+
+
+@of("k8s")
+def test_a_kubernetes_job_gets_the_policy_as_the_site_recorded_it(prepared, tmp_path: Path):
+    kit, pod = shutil.copytree(prepared.output, tmp_path / prepared.name), tmp_path / "pod"
+    PolicyManifest.write(kit)
+    (kit / "a-job").mkdir()
+    _zip_workspace_to_file(str(kit), "a-job", str(tmp_path / "workspace.zip"))
+    shutil.unpack_archive(tmp_path / "workspace.zip", pod)
+    (pod / "startup").mkdir()
+    for file in (kit / "startup").iterdir():
+        if _keep_startup_file(file.name):
+            shutil.copy(file, pod / "startup")
+    assert not (pod / "local" / "study_runtime.yaml").exists()
+    assert PolicyManifest.check(pod) == PolicyManifest.check(kit)
 
 
 @of("slurm")

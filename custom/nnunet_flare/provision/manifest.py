@@ -27,6 +27,8 @@ __all__ = ["MANIFEST_FILE", "PROJECT", "SITE", "PolicyManifest"]
 MANIFEST_FILE = "local/policy.json"
 SIGNATURE_FILE = "local/policy.sig"
 PROJECT, SITE = "project", "site"
+_RUNTIME = "local/study_runtime.yaml"
+"""Names the image that jobs run in. A Kubernetes job does not see it; where it is missing, no container starts."""
 _COVERED = (
     "startup/fed_client.json",
     "startup/fed_server.json",
@@ -38,7 +40,7 @@ _COVERED = (
     "local/authorization.json.default",
     "local/comm_config.json",
     "local/study_registry.json",
-    "local/study_runtime.yaml",  # names the image that jobs run in
+    _RUNTIME,
 )
 _PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)
 _REMEDY = (
@@ -93,7 +95,8 @@ class PolicyManifest:
         except (OSError, ValueError, InvalidSignature) as error:
             raise _refusal(f"a record signed by the {manifest.signer}", "another signature, or none") from error
         found = _digests(kit)
-        changed = sorted(name for name in found.keys() | manifest.files if found.get(name) != manifest.files.get(name))
+        expected = {name: digest for name, digest in manifest.files.items() if name != _RUNTIME or name in found}
+        changed = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
         if changed:
             what = [f"{name} {_change(name, manifest.files, found)}" for name in changed]
             raise _refusal("the policy files as they were installed", ", ".join(what))
