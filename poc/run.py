@@ -38,9 +38,9 @@ def main() -> int:
 
 
 def run(federation: LocalFederation, job: Path) -> int:
-    print("provisioning: a server, three hospitals and their users")
+    print("provisioning: a server, three hospitals and their users", flush=True)
     federation.provision()
-    print(f"starting {SERVER}, {', '.join(federation.sites)}: logs in {federation.folder}")
+    print(f"starting {SERVER}, {', '.join(federation.sites)}: logs in {federation.folder}", flush=True)
     federation.start(SERVER, *federation.sites)
     federation.wait_until_listening()
     with federation.session() as session:

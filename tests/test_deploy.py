@@ -121,8 +121,7 @@ def test_every_command_of_the_deployment_page_runs(parties: Parties):
     parties.hand_over(Path("coordinator/hospital-e.signed.zip"), "hospital-e")
     parties.run("hospital-e after approval")
 
-    smaller = [f"--set '{name}={json.dumps(value)}'" for name, value in SMALLER.items()]
-    submitted = parties.run("lead", *smaller, "--set num_foreground_voxels=10000")
+    submitted = parties.run("lead", *(f"--set '{name}={json.dumps(TINY_TRAINING[name])}'" for name in SMALLER))
     assert "hospital-a" in submitted
     assert "hospital-e" in submitted
     parties.run("lead")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
+from commands import run
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.nnunet.config import TrainingConfig
@@ -24,16 +22,6 @@ if TYPE_CHECKING:
     from local_federation import LocalFederation
 
 
-def run(*command: str, folder: Path) -> str:
-    """A command of this environment, in a folder that is also its HOME."""
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"HOME": str(folder)}
-    program = Path(sys.executable).with_name(command[0])
-    result = subprocess.run([program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 def digests(folder: Path) -> dict[str, str]:
     files = [file for part in ("startup", "local") for file in (folder / part).rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -42,6 +30,7 @@ def digests(folder: Path) -> dict[str, str]:
 def join_by_request(federation: LocalFederation, name: str, folder: Path) -> Path:
     """A hospital makes its own key; only a request and the answer to it travel. Returns its kit."""
     hospital, coordinator = folder / "hospital", folder / "coordinator"
+    coordinator.mkdir()
     project, server = federation.project, federation.project["participants"][0]
     state = federation.folder / "kits" / project["name"] / "state"
     fingerprint = run("nnunet-flare", "ca", str(state), "--out", "ca", folder=coordinator).splitlines()[-1]
@@ -52,7 +41,7 @@ def join_by_request(federation: LocalFederation, name: str, folder: Path) -> Pat
         "server": {"host": server["name"], "fed_learn_port": server["fed_learn_port"]},
     }
     (coordinator / "project_profile.yaml").write_text(yaml.safe_dump(profile))
-    hospital.mkdir(parents=True)
+    hospital.mkdir()
     participant = {"name": name, "type": "client", "org": "hospital_e"}
     builders = [{"path": "nnunet_flare.provision.builder.SitePolicyBuilder", "args": {}}]
     request = {"name": project["name"], "participants": [participant], "builders": builders}
@@ -84,7 +73,7 @@ def test_a_fourth_and_a_fifth_hospital_join_and_no_old_kit_changes(federation: L
     project.write_text(yaml.safe_dump(federation.project))
     added.write_text(yaml.safe_dump({"name": "hospital-d", "org": "hospital_d"}))
     arguments = ["-p", str(project), "-w", str(workspace), "--add-client", str(added), "--force"]
-    run("nvflare", "provision", *arguments, folder=tmp_path / "provision")
+    run("nvflare", "provision", *arguments, folder=tmp_path)
     fourth = workspace / federation.project["name"] / "prod_01" / "hospital-d"
     assert PolicyManifest.check(fourth).signer == PROJECT
     fifth = join_by_request(federation, "hospital-e", tmp_path)
