@@ -97,8 +97,8 @@ class LocalFederation:
                 )
 
     def process(self, name: str) -> psutil.Process:
-        """The FLARE process of a participant that was started."""
-        return psutil.Process(int((self.kits[name] / "pid.fl").read_text()))
+        """The FLARE process of a participant that was started: with ``--once``, the script becomes it."""
+        return psutil.Process(self._processes[name].pid)
 
     def job_process(self, name: str) -> psutil.Process:
         """The process that runs the job at a participant.
