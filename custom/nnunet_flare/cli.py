@@ -277,7 +277,7 @@ def _policy_install(options: argparse.Namespace) -> int:
     from nnunet_flare.provision.builder import install_policy
     from nnunet_flare.provision.kit import StartupKit
 
-    kit = StartupKit.read(options.kit)
+    kit = StartupKit.read_site(options.kit)
     install_policy(kit.folder, kit.policy)
     return _show_policy(kit.folder)
 
@@ -286,8 +286,7 @@ def _policy_record(options: argparse.Namespace) -> int:
     from nnunet_flare.provision.kit import StartupKit
     from nnunet_flare.provision.manifest import PolicyManifest
 
-    kit = StartupKit.read(options.kit)
-    assert kit.policy, "a user's kit is refused"
+    kit = StartupKit.read_site(options.kit)
     PolicyManifest.write(kit.folder)
     return _show_policy(kit.folder)
 

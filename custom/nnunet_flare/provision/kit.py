@@ -68,20 +68,26 @@ class StartupKit:
             local_detail=str(folder),
         )
 
-    @property
-    def policy(self) -> SitePolicy:
-        """Our policy for this participant.
+    @classmethod
+    def read_site(cls, folder: Path) -> StartupKit:
+        """The kit of a hospital or of the server, which have policies.
 
         Raises:
-            ConfigError: it is a user, who has none.
+            ConfigError: as ``read`` does, and for a user's kit.
         """
-        if self.kind == USER:
+        kit = cls.read(folder)
+        if kit.kind == USER:
             raise ConfigError(
                 field="start-up kit",
                 expected="the kit of a hospital or of the server",
-                found=f"that of the user {self.name}",
+                found=f"that of the user {kit.name}",
                 remedy="policies belong to sites: name a site's kit",
             )
+        return kit
+
+    @property
+    def policy(self) -> SitePolicy:
+        """What this package writes into the kit of a site."""
         return SitePolicy(server=self.kind == SERVER)
 
     def certificates(self) -> tuple[x509.Certificate, x509.Certificate]:
@@ -91,9 +97,8 @@ class StartupKit:
             OSError: one cannot be read.
             ValueError: one is no certificate.
         """
-        own, root = (
-            x509.load_pem_x509_certificate(file.read_bytes()) for file in (self.certificate_file, self.root_file)
-        )
+        files = (self.certificate_file, self.root_file)
+        own, root = (x509.load_pem_x509_certificate(file.read_bytes()) for file in files)
         return own, root
 
     @property
@@ -140,7 +145,7 @@ def read_object(file: Path) -> dict[str, Any]:
             field=f"{file.parent.name}/{file.name}",
             expected="a JSON object",
             found=type(content).__name__,
-            remedy="put the file back as it was installed, or run nnunet-flare policy install",
+            remedy="put the file back as it was installed",
         )
     return content
 

@@ -76,14 +76,16 @@ def check_connection(kit: StartupKit) -> Iterator[Check]:
         yield Check(name="server", status=WARN, seen=seen, remedy="see certificate")
         return
     starts = {"this kit's certificate": certificate, "its CA": root}
+    server = None
     for port in kit.ports:
         try:
-            starts["the server's certificate"] = server = _shake_hands(kit, context, port)
+            server = _shake_hands(kit, context, port)
         except OSError as error:
             yield (_unused_port if kit.kind == SERVER else _unreached)(kit, port, error)
         else:
             yield _reached(kit, port, subject(server).get("name", ""))
-    if server := starts.get("the server's certificate"):
+    if server:
+        starts["the server's certificate"] = server
         yield _lifetime("server certificate", server)
     yield _clock({name: certificate.not_valid_before_utc for name, certificate in starts.items()})
 
@@ -188,7 +190,7 @@ def _is_left_alone() -> bool:
     """Linux says whether a time service keeps its clock; asking needs no rights and changes nothing."""
     if sys.platform != "linux":
         return False
-    return ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) == _UNSYNCHRONISED
+    return bool(ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) == _UNSYNCHRONISED)
 
 
 def _is_issued_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:

@@ -93,7 +93,7 @@ def _allow_list(kit: StartupKit) -> tuple[bool, str]:
         return False, f"{len(added)} classes too many, such as {added[0]}"
     if missing := sorted(wanted - allowed):
         return False, f"lacks {', '.join(missing)}: no job can run"
-    return True, f"{len(wanted)} classes, enforced"
+    return True, f"{', '.join(sorted(name.rpartition('.')[2] for name in wanted))}; enforced"
 
 
 def _foreign_code(kit: StartupKit) -> tuple[bool, str]:
@@ -164,7 +164,7 @@ _POLICY: dict[str, Callable[[StartupKit], tuple[bool, str]]] = {
     "log streaming": _log_streaming,
     "privacy scope": _privacy_scope,
 }
-_LOOKS = {
+_LOOKS: dict[str, dict[str, Callable[[StartupKit], tuple[bool, str]]]] = {
     SERVER: _POLICY | {"storage": _storage},
     HOSPITAL: _POLICY,
     USER: {"connection security": _security, "role": _role},
