@@ -91,6 +91,8 @@ class PolicyManifest:
         certificate = kit / "startup" / ("rootCA.pem" if manifest.signer == PROJECT else f"{_name(kit)}.crt")
         try:
             public_key = x509.load_pem_x509_certificate(certificate.read_bytes()).public_key()
+            if not isinstance(public_key, rsa.RSAPublicKey):
+                raise ValueError("FLARE makes RSA keys")
             public_key.verify(base64.b64decode(signature), content, _PADDING, hashes.SHA256())
         except (OSError, ValueError, InvalidSignature) as error:
             raise _refusal(f"a record signed by the {manifest.signer}", "another signature, or none") from error
