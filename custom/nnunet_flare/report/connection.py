@@ -91,8 +91,9 @@ def check_connection(kit: StartupKit) -> Iterator[Check]:
 
 
 def _context(kit: StartupKit) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=kit.root_file)
-    context.load_cert_chain(kit.certificate_file, kit.key_file)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(kit.root_file)
+    context.load_cert_chain(kit.certificate_file, kit.key_file, password="")
     context.set_alpn_protocols(["h2"])
     context.verify_flags |= _IGNORE_TIME
     return context
