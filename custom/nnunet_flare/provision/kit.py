@@ -144,7 +144,7 @@ def read_object(file: Path) -> dict[str, Any]:
         raise ConfigError(
             field=f"{file.parent.name}/{file.name}",
             expected="a JSON object",
-            found=type(content).__name__,
+            found="no such file" if isinstance(content, FileNotFoundError) else type(content).__name__,
             remedy="put the file back as it was installed",
         )
     return content

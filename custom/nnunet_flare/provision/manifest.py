@@ -45,7 +45,7 @@ _COVERED = (
 _PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)
 _REMEDY = (
     "put the files back as they were installed; if the change is wanted, have this site's officer see it and "
-    "run nnunet-flare policy record"
+    "run nnunet-flare policy record; in a kit that was made without them, run nnunet-flare policy install"
 )
 
 

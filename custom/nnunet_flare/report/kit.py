@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from nvflare.fuel.sec.authz import parse_policy_config
 
-from nnunet_flare.errors import NNUNetFlareError
+from nnunet_flare.errors import ConfigError, NNUNetFlareError, PolicyError
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.provision.guard import PolicyGuard
 from nnunet_flare.provision.kit import HOSPITAL, SERVER, USER, StartupKit, read_object, subject
@@ -59,8 +59,10 @@ def check_kit(kit: StartupKit) -> Iterator[Check]:
     for name, look in _LOOKS[kit.kind].items():
         try:
             sound, seen = look(kit)
-        except NNUNetFlareError as error:
+        except PolicyError as error:
             yield _failure(name, error)
+        except ConfigError as error:
+            yield replace(_failure(name, error), remedy=_INSTALL)
         except (AttributeError, LookupError, TypeError) as error:
             yield Check(name=name, status=FAIL, seen=f"not as FLARE reads it: {error!r}", remedy=_INSTALL)
         else:
