@@ -169,7 +169,7 @@ def test_a_server_need_not_run_yet(server):
     checks = rows(server)
     assert {check.status for check in checks.values()} == {OK}
     assert [check.seen for name, check in checks.items() if name.startswith("port")] == ["free", "free"]
-    assert checks["storage"].seen == "storage/jobs, storage/snapshots, in the kit"
+    assert checks["storage"].seen == "storage/jobs, storage/snapshots"
 
 
 def test_a_user_is_told_the_role(lead, server):
@@ -406,6 +406,16 @@ def test_storage_that_a_restart_deletes_fails(server, storage):
 
     edit(server / "local" / "resources.json", change)
     assert rows(server)["storage"].seen == f"/tmp/nvflare/{storage}: lost at a restart"
+
+
+def test_a_volume_of_a_container_is_no_storage_that_a_restart_deletes(server):
+    """``nvflare deploy prepare`` names its place in the container."""
+
+    def change(resources: dict[str, Any]) -> None:
+        resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = "/var/tmp/nvflare/workspace/storage"
+
+    edit(server / "local" / "resources.json", change)
+    assert rows(server)["storage"].status == OK
 
 
 def test_a_role_that_no_site_knows_fails(lead, project):

@@ -129,11 +129,11 @@ def _storage(kit: StartupKit) -> tuple[bool, str]:
     """Jobs and snapshots; what a restart of the machine deletes must not hold them."""
     resources = kit.local("resources.json")
     manager = next(item for item in resources["components"] if item["id"] == "job_manager")
-    snapshots = resources["snapshot_persistor"]["args"]["storage"]["args"]
-    folders = [manager["args"]["uri_root"], snapshots.get("folder") or snapshots["root_dir"]]
-    passing = {"/tmp", "/var/tmp", tempfile.gettempdir()}
+    snapshots = resources["snapshot_persistor"]["args"]["storage"]
+    folders = [manager["args"]["uri_root"], snapshots["args"]["root_dir"]]
+    passing = {"/tmp", tempfile.gettempdir()}
     lost = [name for name in folders if any(Path(name).is_relative_to(parent) for parent in passing)]
-    return not lost, f"{', '.join(lost)}: lost at a restart" if lost else f"{', '.join(folders)}, in the kit"
+    return not lost, f"{', '.join(lost)}: lost at a restart" if lost else ", ".join(folders)
 
 
 def _role(kit: StartupKit) -> tuple[bool, str]:
