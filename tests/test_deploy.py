@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,14 @@ class Parties:
     def hand_over(self, file: Path, party: str) -> None:
         shutil.copy(self.folder / file, self.of(party))
 
+    def wait_until_started(self, kit: Path, word: str, patience_s: float = 60) -> None:
+        """Wait for a word in a kit's log: its ``start.sh`` returns at once."""
+        log = self.folder / kit / "log.txt"
+        give_up = time.monotonic() + patience_s
+        while not (log.exists() and word in log.read_text()):
+            assert time.monotonic() < give_up, f"no {word} in {kit}"
+            time.sleep(0.2)
+
     def configure(self, kit: Path) -> None:
         """A hospital's own settings."""
         settings = {"dataset": "demo", "num_threads": 1}
@@ -105,6 +114,7 @@ def test_every_command_of_the_deployment_page_runs(parties: Parties):
     for kit, party in {"localhost": "server", "hospital-a": "hospital", "lead@example.org": "lead"}.items():
         parties.hand_over(Path("coordinator") / f"{kit}.tgz", party)
     parties.run("server")
+    parties.wait_until_started(Path("server/localhost"), "Server started")
 
     parties.run("hospital")
     parties.configure(Path("hospital/hospital-a"))
@@ -120,6 +130,10 @@ def test_every_command_of_the_deployment_page_runs(parties: Parties):
     parties.run("coordinator")
     parties.hand_over(Path("coordinator/hospital-e.signed.zip"), "hospital-e")
     parties.run("hospital-e after approval")
+    kit = Path("hospital-e") / KIT_FOLDER / "prod_00" / "hospital-e"
+    parties.configure(kit)
+    parties.run("hospital-e after approval")
+    parties.wait_until_started(kit, "Connected to server")
 
     submitted = parties.run("lead", *(f"--set '{name}={json.dumps(TINY_TRAINING[name])}'" for name in SMALLER))
     assert "hospital-a" in submitted

@@ -78,11 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_kit(stop, required=True)
     stop.set_defaults(command=_stop)
 
-    doctor = commands.add_parser("doctor", help="check this site: versions, data, disk, device")
+    doctor = commands.add_parser("doctor", help="check this site, or a start-up kit and what it needs")
+    doctor.add_argument("--kit", type=Path, help="start-up kit of a hospital, of the server or of a user")
     doctor.add_argument("--site", default="site-1", help="name of the site (default: site-1)")
     doctor.add_argument("--dataset", help="data set, where the site's settings name none")
     doctor.add_argument("--local", type=Path, help="the site's local folder, holding nnunet_flare.json")
     doctor.set_defaults(command=_doctor)
+
+    policy = commands.add_parser("policy", help="write or record the policy of a site's start-up kit")
+    actions = policy.add_subparsers(required=True, metavar="ACTION")
+    install = actions.add_parser("install", help="write this package's policy into a kit that was made without it")
+    record = actions.add_parser("record", help="record and sign the policy files as they are, after a wanted change")
+    for action, run in ((install, _policy_install), (record, _policy_record)):
+        action.add_argument("kit", type=Path, help="start-up kit of a hospital or of the server")
+        action.set_defaults(command=run)
 
     job = commands.add_parser("job", help="write a FLARE job folder with your settings")
     job.add_argument("name", help="name of the job and of its run")
@@ -253,10 +262,41 @@ def _stop(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from nnunet_flare.report.doctor import diagnose, doctor_text, exit_status
 
-    settings = SiteSettings.load(options.site, options.local)
-    checks = diagnose(replace(settings, dataset=options.dataset) if options.dataset else settings)
+    if options.kit:
+        from nnunet_flare.report.kit import diagnose_kit
+
+        checks = diagnose_kit(options.kit, options.dataset)
+    else:
+        settings = SiteSettings.load(options.site, options.local)
+        checks = diagnose(replace(settings, dataset=options.dataset) if options.dataset else settings)
     print(doctor_text(checks))
     return exit_status(checks)
+
+
+def _policy_install(options: argparse.Namespace) -> int:
+    from nnunet_flare.provision.builder import install_policy
+    from nnunet_flare.provision.kit import StartupKit
+
+    kit = StartupKit.read_site(options.kit)
+    install_policy(kit.folder, kit.policy)
+    return _show_policy(kit.folder)
+
+
+def _policy_record(options: argparse.Namespace) -> int:
+    from nnunet_flare.provision.kit import StartupKit
+    from nnunet_flare.provision.manifest import PolicyManifest
+
+    kit = StartupKit.read_site(options.kit)
+    PolicyManifest.write(kit.folder)
+    return _show_policy(kit.folder)
+
+
+def _show_policy(kit: Path) -> int:
+    from nnunet_flare.provision.manifest import PolicyManifest
+
+    manifest = PolicyManifest.check(kit)
+    print("\n".join([f"signed by the {manifest.signer}:", *manifest.files]))
+    return 0
 
 
 def _job(options: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ from nvflare.lighter.impl.cert import CertBuilder
 from nvflare.lighter.spec import Builder, ProvisionContext
 
 from nnunet_flare.nnunet.site import SETTINGS_FILE, SiteSettings
+from nnunet_flare.provision.kit import read_object
 from nnunet_flare.provision.manifest import PolicyManifest
 from nnunet_flare.provision.policy import SitePolicy, policy_files
-from nnunet_flare.storage import read_json, write_json
+from nnunet_flare.storage import write_json
 
 __all__ = ["ParticipantCertBuilder", "SitePolicyBuilder", "install_policy"]
 
@@ -35,7 +36,7 @@ def install_policy(kit: Path, policy: SitePolicy, *, ca_key: rsa.RSAPrivateKey |
         ca_key: The project's CA key; without it, the manifest is signed with the kit's own.
     """
     local = kit / "local"
-    for name, content in policy_files(policy, read_json(local / "resources.json.default")).items():
+    for name, content in policy_files(policy, read_object(local / "resources.json.default")).items():
         write_json(local / name, content)
         if (local / f"{name}.default").exists():
             write_json(local / f"{name}.default", content)

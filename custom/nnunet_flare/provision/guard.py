@@ -10,7 +10,6 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.fl_exception import UnsafeComponentError
 
-from nnunet_flare.errors import NNUNetFlareError
 from nnunet_flare.provision.manifest import PolicyManifest
 
 __all__ = ["PolicyGuard"]
@@ -24,7 +23,7 @@ class PolicyGuard(FLComponent):
             workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
             try:
                 manifest = PolicyManifest.check(Path(workspace.get_root_dir()))
-            except NNUNetFlareError as error:
+            except Exception as error:  # FLARE logs any other kind, and starts
                 self.log_error(fl_ctx, str(error), fire_event=False)
                 raise UnsafeComponentError(str(error)) from error
             self.log_info(fl_ctx, f"site policy: {len(manifest.files)} files as signed by the {manifest.signer}")

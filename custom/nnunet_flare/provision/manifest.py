@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from nnunet_flare.errors import PolicyError
-from nnunet_flare.storage import read_json, write_json
+from nnunet_flare.storage import write_json
 
 __all__ = ["MANIFEST_FILE", "PROJECT", "SITE", "PolicyManifest"]
 
@@ -45,7 +45,7 @@ _COVERED = (
 _PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)
 _REMEDY = (
     "put the files back as they were installed; if the change is wanted, have this site's officer see it and "
-    "run nnunet-flare policy record"
+    "run nnunet-flare policy record; in a kit that was made without them, run nnunet-flare policy install"
 )
 
 
@@ -87,10 +87,12 @@ class PolicyManifest:
             content, signature = (kit / MANIFEST_FILE).read_bytes(), (kit / SIGNATURE_FILE).read_bytes()
         except OSError as error:
             raise _refusal("a signed record of the policy files", f"{Path(error.filename).name} is missing") from error
-        manifest = _parsed(read_json(kit / MANIFEST_FILE))
+        manifest = _parsed(content)
         certificate = kit / "startup" / ("rootCA.pem" if manifest.signer == PROJECT else f"{_name(kit)}.crt")
         try:
             public_key = x509.load_pem_x509_certificate(certificate.read_bytes()).public_key()
+            if not isinstance(public_key, rsa.RSAPublicKey):
+                raise ValueError("FLARE makes RSA keys")
             public_key.verify(base64.b64decode(signature), content, _PADDING, hashes.SHA256())
         except (OSError, ValueError, InvalidSignature) as error:
             raise _refusal(f"a record signed by the {manifest.signer}", "another signature, or none") from error
@@ -108,10 +110,14 @@ def _digests(kit: Path) -> dict[str, str]:
     return {file.relative_to(kit).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def _parsed(values: dict[str, Any]) -> PolicyManifest:
-    signer, files = values.get("signer"), values.get("files")
-    if signer not in (PROJECT, SITE) or not isinstance(files, dict) or not files:
-        raise _refusal("a record with signer and files", "something else")
+def _parsed(content: bytes) -> PolicyManifest:
+    try:
+        values = json.loads(content)
+        signer, files = values["signer"], dict(values["files"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _refusal("a record with signer and files", "something else") from error
+    if signer not in (PROJECT, SITE):
+        raise _refusal(f"the {PROJECT} or the {SITE} as the signer", "another")
     return PolicyManifest(signer=signer, files=files)
 
 

@@ -25,7 +25,7 @@ from nnunet_flare.nnunet.site import SETTINGS_FILE, SiteSettings
 from nnunet_flare.report.table import MAX_WIDTH
 from nnunet_flare.report.traffic import layer_bytes
 
-__all__ = ["FAIL", "OK", "WARN", "Check", "diagnose", "doctor_text", "exit_status"]
+__all__ = ["FAIL", "OK", "WARN", "Check", "diagnose", "doctor_text", "exit_status", "versions"]
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _DISTRIBUTION = "nnunet-flare"
@@ -54,7 +54,7 @@ class Check:
 
 def diagnose(settings: SiteSettings) -> list[Check]:
     """All checks of a site; a data set that neither the settings nor the caller name is not looked for."""
-    checks = [*_versions(), *_folders(settings)]
+    checks = [*versions(), *_folders(settings)]
     raw_dataset, check = _dataset(settings)
     checks.append(check)
     checks.append(_disk(settings, raw_dataset))
@@ -83,7 +83,7 @@ def doctor_text(checks: Sequence[Check]) -> str:
     return "\n".join([*lines, "", f"{verdict}: {counts[FAIL]} failed, {counts[WARN]} warnings"])
 
 
-def _versions() -> Iterator[Check]:
+def versions() -> Iterator[Check]:
     """The installed packages against the ranges that this distribution was built with."""
     distribution = metadata.metadata(_DISTRIBUTION)
     yield _version("python", platform.python_version(), SpecifierSet(distribution["Requires-Python"]))
