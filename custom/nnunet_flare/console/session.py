@@ -30,6 +30,8 @@ __all__ = ["AdminSession", "Job", "Progress"]
 _CONNECT_SECONDS = 10.0
 _COMMAND_SECONDS = 30.0
 _LOGIN_TRIES = 2
+_SILENCE_SECONDS = 60.0
+_NO_JOBS = "no_jobs"
 _STORE = Path("transfer") / "results"
 
 
@@ -104,7 +106,19 @@ class AdminSession:
                 session.close()
 
     def connected_sites(self) -> frozenset[str]:
-        return frozenset(client.name for client in self._ask("get_system_info").client_info)
+        """Sites whose last sign of life is not much older than any other's: FLARE lists a dead one for ten minutes."""
+        seen = {client.name: client.last_connect_time for client in self._ask("get_system_info").client_info}
+        newest = max(seen.values(), default=0.0)
+        return frozenset(site for site, when in seen.items() if when > newest - _SILENCE_SECONDS)
+
+    def idle_sites(self, job_id: str, sites: frozenset[str]) -> frozenset[str]:
+        """Those of the sites that answer, and do not run the job."""
+        if not sites:
+            return sites
+        answers = self._ask("get_client_job_status", sorted(sites)) or []
+        busy = {answer["client_name"] for answer in answers if answer.get("job_id") == job_id}
+        awake = {answer["client_name"] for answer in answers if "job_id" in answer or answer["status"] == _NO_JOBS}
+        return frozenset(awake - busy)
 
     def jobs(self, run: str) -> list[Job]:
         """Submissions of the run, newest first."""
