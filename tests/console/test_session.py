@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,10 +98,29 @@ def test_a_job_that_the_server_does_not_know_is_none(sessions):
     assert AdminSession(KIT).job("1") is None
 
 
+META = {"name": "heart", "status": "FINISHED:COMPLETED"}
+
+
 def test_jobs_are_those_of_exactly_this_name(sessions):
     listed = [{"job_id": str(i), "job_name": name, "status": "RUNNING"} for i, name in enumerate(["heart", "heart-2"])]
-    sessions.append(FakeSession(list_jobs=[listed]))
+    sessions.append(FakeSession(list_jobs=[listed], get_job_meta=[META]))
     assert [job.id for job in AdminSession(KIT).jobs("heart")] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("status", "server_started", "expected"),
+    [
+        ("RUNNING", "2026-01-01T12:00:00+00:00", "RUNNING"),
+        ("RUNNING", "2026-01-01T12:00:02+00:00", "LOST"),
+        ("DISPATCHED", "2026-01-01T12:00:02+00:00", "LOST"),
+        ("FINISHED:COMPLETED", "2026-01-01T12:00:02+00:00", "FINISHED:COMPLETED"),
+    ],
+)
+def test_a_job_that_began_before_its_server_is_lost(sessions, status, server_started, expected):
+    server = SimpleNamespace(start_time=datetime.fromisoformat(server_started).timestamp())
+    meta = META | {"status": status, "start_time": "2026-01-01T12:00:01+00:00"}
+    sessions.append(FakeSession(get_job_meta=[meta], get_system_info=[SimpleNamespace(server_info=server)]))
+    assert AdminSession(KIT).job("1").status == expected
 
 
 def test_the_progress_of_a_running_job_is_its_history(sessions):

@@ -132,7 +132,9 @@ def test_a_run_is_shown_phase_by_phase_and_round_by_round_each_once():
     assert said[-1] == "  site-2: reply: expected one, found none; restart it"
 
 
-@pytest.mark.parametrize("end", [LOST, "FINISHED:ABNORMAL", "FINISHED:ABANDONED", "FINISHED:CAN_NOT_SCHEDULE", None])
+@pytest.mark.parametrize(
+    "end", [LOST, "FINISHED:ABNORMAL", "FINISHED:ABANDONED", "FINISHED:CAN_NOT_SCHEDULE", "LOST", None]
+)
 def test_a_job_that_was_lost_is_submitted_again(end: str | None):
     server = FakeServer([Look(rounds=1), Look(status=end)], [Look(rounds=2), Look(status=COMPLETE)])
     see_through(server, retries=1)
