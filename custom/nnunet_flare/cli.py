@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from nnunet_flare.console.session import AdminSession
 
 __all__ = ["main"]
+
+_STOP_SECONDS = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,6 +258,9 @@ def _stop(options: argparse.Namespace) -> int:
             )
         for job in running:
             session.abort(job.id)
+            until = time.monotonic() + _STOP_SECONDS
+            while (now := session.job(job.id)) and not now.has_ended and time.monotonic() < until:
+                time.sleep(1)
             print(f"stopped job {job.id}; submit {options.run} again to continue the run")
     return 0
 

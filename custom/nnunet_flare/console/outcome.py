@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nvflare.apis.job_def import RunStatus
 
-from nnunet_flare.console.session import AdminSession, Job
+from nnunet_flare.console.session import LOST, AdminSession, Job
 from nnunet_flare.errors import (
     ConfigError,
     DatasetError,
@@ -58,7 +58,7 @@ def read_outcome(session: AdminSession, job: Job | None) -> Outcome:
     Raises:
         UnreachableError: no answer from the server.
     """
-    if job is None or job.status == RunStatus.FAILED_TO_RUN:
+    if job is None or job.status in (LOST, RunStatus.FAILED_TO_RUN):
         return Outcome(error=judge(job))
     try:
         download = session.download(job.id)
@@ -79,11 +79,11 @@ def read_outcome(session: AdminSession, job: Job | None) -> Outcome:
 
 def judge(job: Job | None, reason: NNUNetFlareError | None = None) -> NNUNetFlareError | None:
     """Why a job ended before its run: its own ``reason``, or what FLARE's status tells."""
-    if job is None:
+    if job is None or job.status == LOST:
         return StateError(
             field="job",
-            expected="a job that the server knows",
-            found="none of that id",
+            expected="a job that the server runs",
+            found="none: the server was restarted",
             remedy="submit it again: the run continues from its last round",
         )
     if job.is_complete or reason is not None:

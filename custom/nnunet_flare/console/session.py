@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ from nnunet_flare.errors import NNUNetFlareError, RefusedError, UnreachableError
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.results import PROGRESS
 
-__all__ = ["AdminSession", "Job", "Progress"]
+__all__ = ["LOST", "AdminSession", "Job", "Progress"]
 
 _CONNECT_SECONDS = 10.0
 _COMMAND_SECONDS = 30.0
 _LOGIN_TRIES = 2
+_SILENCE_SECONDS = 60.0
+_NO_JOBS = "no_jobs"
+_UNDER_WAY = (RunStatus.DISPATCHED, RunStatus.RUNNING)
+LOST = "LOST"
 _STORE = Path("transfer") / "results"
 
 
@@ -40,7 +45,8 @@ class Job:
     Args:
         id: FLARE's.
         run: The job's name, which is its run's.
-        status: FLARE's ``RunStatus``.
+        status: FLARE's ``RunStatus``, or ``LOST`` for a job that FLARE still calls running though its server was
+            restarted since.
         submitted: Time of submission, as FLARE writes it.
         duration: So far, or in all.
         deployment: What each participant said to the deployment, such as ``site-1: OK``.
@@ -55,7 +61,7 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        return self.status.startswith("FINISHED:")
+        return self.status == LOST or self.status.startswith("FINISHED:")
 
     @property
     def is_complete(self) -> bool:
@@ -104,22 +110,25 @@ class AdminSession:
                 session.close()
 
     def connected_sites(self) -> frozenset[str]:
-        return frozenset(client.name for client in self._ask("get_system_info").client_info)
+        """Sites whose last sign of life is not much older than any other's: FLARE lists a dead one for ten minutes."""
+        seen = {client.name: client.last_connect_time for client in self._ask("get_system_info").client_info}
+        newest = max(seen.values(), default=0.0)
+        return frozenset(site for site, when in seen.items() if when > newest - _SILENCE_SECONDS)
+
+    def idle_sites(self, job_id: str, sites: frozenset[str]) -> frozenset[str]:
+        """Those of the sites that answer, and do not run the job."""
+        if not sites:
+            return sites
+        answers = self._ask("get_client_job_status", sorted(sites)) or []
+        busy = {answer["client_name"] for answer in answers if answer.get("job_id") == job_id}
+        awake = {answer["client_name"] for answer in answers if "job_id" in answer or answer["status"] == _NO_JOBS}
+        return frozenset(awake - busy)
 
     def jobs(self, run: str) -> list[Job]:
         """Submissions of the run, newest first."""
         listed = self._ask("list_jobs", name_prefix=run, reverse=True)
-        return [
-            Job(
-                id=meta["job_id"],
-                run=meta["job_name"],
-                status=meta["status"],
-                submitted=meta.get("submit_time", ""),
-                duration=meta.get("duration", ""),
-            )
-            for meta in listed
-            if meta.get("job_name") == run
-        ]
+        jobs = (self.job(meta["job_id"]) for meta in listed if meta.get("job_name") == run)
+        return [job for job in jobs if job is not None]
 
     def job(self, job_id: str) -> Job | None:
         """The job as it is now; None if the server does not know it."""
@@ -127,14 +136,21 @@ class AdminSession:
             meta = self._ask("get_job_meta", job_id)
         except JobNotFound:
             return None
+        status = meta["status"]
+        if status in _UNDER_WAY and self._started_before_the_server(meta.get("start_time", "")):
+            status = LOST
         return Job(
             id=job_id,
             run=meta["name"],
-            status=meta["status"],
+            status=status,
             submitted=meta.get("submit_time_iso", ""),
             duration=meta.get("duration", ""),
             deployment=tuple(meta.get("job_deploy_detail") or ()),
         )
+
+    def _started_before_the_server(self, start_time: str) -> bool:
+        since = self._ask("get_system_info").server_info.start_time
+        return bool(start_time) and datetime.fromisoformat(start_time).timestamp() < since
 
     def submit(self, job_folder: Path, token: str) -> str:
         """Send a job and return its id; the same ``token`` never makes a second job of it."""

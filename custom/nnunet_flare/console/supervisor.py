@@ -17,14 +17,15 @@ from typing import Protocol, TypeVar
 from nnunet_flare.console.outcome import Outcome, can_be_mended
 from nnunet_flare.console.session import Job, Progress
 from nnunet_flare.console.submission import PreparedJob
-from nnunet_flare.errors import StateError, UnreachableError
-from nnunet_flare.flare.history import RunHistory, duration_text, in_site_order
+from nnunet_flare.errors import NNUNetFlareError, ParticipationError, StateError, UnreachableError
+from nnunet_flare.flare.history import ENDS, RunHistory, duration_text, in_site_order
 
 __all__ = ["Console", "Supervisor"]
 
 _POLL_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _LONGEST_SILENCE_SECONDS = 5.0, 300.0, 30.0
 _ALL_SITES_SECONDS = 60.0
+_CHECK_SECONDS = 10.0
 T = TypeVar("T")
 
 
@@ -40,6 +41,8 @@ class Console(Protocol):
     def submit(self, job_folder: Path, token: str) -> str: ...
 
     def progress(self, job_id: str) -> Progress | None: ...
+
+    def idle_sites(self, job_id: str, sites: frozenset[str]) -> frozenset[str]: ...
 
     def abort(self, job_id: str) -> None: ...
 
@@ -113,17 +116,17 @@ class Supervisor:
             outcome = self._outcome(job_id)
             if outcome.error is None:
                 return outcome
-            if not stopped_for:
-                if self._num_shown() > rounds:
-                    tries, pauses = self._retries, _pauses()
-                if not (tries and can_be_mended(outcome.error)):
-                    raise outcome.error
-                pause = next(pauses)
-                self._say(f"{outcome.error}")
-                self._say(f"submitting again in {duration_text(pause)} ({tries} of {self._retries} tries left)")
-                tries -= 1
-                self._clock.sleep(pause)
-            self._await_sites(self._sites | stopped_for, job.min_sites)
+            error = stopped_for or outcome.error
+            if self._num_shown() > rounds:
+                tries, pauses = self._retries, _pauses()
+            if not (tries and can_be_mended(error)):
+                raise error
+            pause = next(pauses)
+            self._say(str(error))
+            self._say(f"submitting again in {duration_text(pause)} ({tries} of {self._retries} tries left)")
+            tries -= 1
+            self._clock.sleep(pause)
+            self._await_sites(job.min_sites)
             job_id = self._send(job)
 
     def follow(self, job_id: str) -> Outcome:
@@ -137,11 +140,13 @@ class Supervisor:
             self._show(outcome.history)
         return outcome
 
-    def _follow(self, job_id: str) -> frozenset[str]:
-        """Show a job's progress until it ends; returns the late sites for which it was stopped."""
-        connected_before = self._patiently(self._console.connected_sites)
-        stopped_for: frozenset[str] = frozenset()
+    def _follow(self, job_id: str) -> NNUNetFlareError | None:
+        """Show a job's progress until it ends; where this stopped the job itself, the reason."""
+        there_before = self._patiently(self._console.connected_sites)
         told: set[str] = set()
+        idle: frozenset[str] = frozenset()
+        stopped_for: NNUNetFlareError | None = None
+        next_check = self._clock.monotonic() + _CHECK_SECONDS
         while True:
             job = self._patiently(lambda: self._console.job(job_id))
             if job is None or job.has_ended:
@@ -153,13 +158,21 @@ class Supervisor:
             if progress is not None:
                 self._sites = progress.sites
                 a_round_ended = self._show(progress.history)
-                if self._retries and a_round_ended and not stopped_for and progress.history.phase == "train":
-                    late = self._patiently(self._console.connected_sites) - progress.sites - connected_before
-                    if late:
-                        self._say(f"{_names(late)} joins: stopping the job to submit it again")
+                if self._retries and stopped_for is None and progress.history.phase not in ENDS:
+                    if a_round_ended and progress.history.phase == "train":
+                        late = self._patiently(self._console.connected_sites) - progress.sites - there_before
+                        stopped_for = _late(late) if late else None
+                    elif self._clock.monotonic() >= next_check:
+                        before, idle = idle, self._idle(job_id, progress.sites)
+                        stopped_for = _restarted(idle & before) if idle & before else None
+                        next_check = self._clock.monotonic() + _CHECK_SECONDS
+                    if stopped_for is not None:
                         self._patiently(lambda: self._console.abort(job_id))
-                        stopped_for = late
             self._clock.sleep(_POLL_SECONDS)
+
+    def _idle(self, job_id: str, sites: frozenset[str]) -> frozenset[str]:
+        connected = self._patiently(self._console.connected_sites)
+        return self._patiently(lambda: self._console.idle_sites(job_id, sites & connected))
 
     def _show(self, history: RunHistory) -> bool:
         """Say what is new; True if a round is."""
@@ -181,12 +194,12 @@ class Supervisor:
     def _num_shown(self) -> int:
         return sum(self._shown_rounds.values())
 
-    def _await_sites(self, sites: frozenset[str], min_sites: int | None) -> None:
-        """Wait until all the sites are connected, or after a minute as many as the job needs, or no longer."""
+    def _await_sites(self, min_sites: int | None) -> None:
+        """Wait until all sites of the run are connected, or after a minute as many as the job needs, or no longer."""
         started, told = self._clock.monotonic(), False
-        while absent := sites - (connected := self._patiently(self._console.connected_sites)):
+        while absent := self._sites - (connected := self._patiently(self._console.connected_sites)):
             waited = self._clock.monotonic() - started
-            enough = min_sites is not None and len(sites & connected) >= min_sites
+            enough = min_sites is not None and len(self._sites & connected) >= min_sites
             if waited > (_ALL_SITES_SECONDS if enough else self._wait_s):
                 return
             if not told:
@@ -214,6 +227,26 @@ def _pauses(longest: float = _LONGEST_PAUSE_SECONDS) -> Iterator[float]:
     while True:
         yield pause
         pause = min(2 * pause, longest)
+
+
+def _late(sites: frozenset[str]) -> ParticipationError:
+    return ParticipationError(
+        field="job",
+        expected="every site that is connected",
+        found="one that came later",
+        remedy="it joins at the next submission",
+        site=_names(sites),
+    )
+
+
+def _restarted(sites: frozenset[str]) -> ParticipationError:
+    return ParticipationError(
+        field="job",
+        expected="its process at the site",
+        found="none, though the site is connected",
+        remedy="it takes part again at the next submission",
+        site=_names(sites),
+    )
 
 
 def _names(sites: frozenset[str]) -> str:

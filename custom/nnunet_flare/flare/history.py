@@ -26,6 +26,7 @@ from nnunet_flare.storage import write_atomically
 
 __all__ = [
     "CSV_FILE",
+    "ENDS",
     "JSON_FILE",
     "PHASES",
     "RoundRecord",
@@ -39,6 +40,7 @@ __all__ = [
 JSON_FILE = "metrics.json"
 CSV_FILE = "metrics.csv"
 PHASES = ("describe", "fingerprint", "plan", "preprocess", "train", "validate", "done", "failed")
+ENDS = PHASES[-2:]
 _MAX_SITES_IN_LINE = 6
 _RECENT_ROUNDS = 20
 

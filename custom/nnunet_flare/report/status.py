@@ -7,12 +7,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from nnunet_flare.flare.history import JSON_FILE, PHASES, RoundRecord, RunHistory, duration_text, in_site_order
+from nnunet_flare.flare.history import ENDS, JSON_FILE, PHASES, RoundRecord, RunHistory, duration_text, in_site_order
 from nnunet_flare.report.table import MAX_WIDTH, artifact_lines, cross_site_table, final_table, score_text, table_lines
 
 __all__ = ["history_text", "status_text"]
-
-_ENDS = ("done", "failed")
 
 
 def status_text(run_folder: Path, *, with_artifacts: bool = True) -> str:
@@ -42,7 +40,7 @@ def history_text(history: RunHistory) -> str:
     if eta := history.eta_seconds():
         facts["ETA"] = duration_text(eta)
     facts["time taken"] = duration_text(max(0.0, history.updated - history.started))
-    if history.phase not in _ENDS:
+    if history.phase not in ENDS:
         facts["last change"] = f"{duration_text(max(0.0, time.time() - history.updated))} ago"
     if history.phase == "failed":
         facts["error"] = history.error
@@ -63,9 +61,9 @@ def history_text(history: RunHistory) -> str:
 
 
 def _phase(history: RunHistory) -> str:
-    if history.phase in _ENDS:
+    if history.phase in ENDS:
         return history.phase
-    steps = [phase for phase in PHASES if phase not in _ENDS]
+    steps = [phase for phase in PHASES if phase not in ENDS]
     return f"{history.phase} (step {steps.index(history.phase) + 1} of {len(steps)})"
 
 
