@@ -84,7 +84,7 @@ def test_nothing_of_flares_own_list_is_left():
     assert resources["class_allow_list"] == ["nnunet_flare.flare.executor.NNUNetExecutor"]
     assert resources["class_list_enforcement_mode"] == "enforce"
     assert resources["allow_log_streaming"] is False
-    assert [item["id"] for item in resources["components"]] == ["policy_guard", "resource_manager"]
+    assert [item["id"] for item in resources["components"]] == ["policy_guard", "request_gate", "resource_manager"]
     assert resources["client"] == LIKE_FLARES["client"]
 
 
@@ -131,8 +131,8 @@ MAY = {
     "member": {"list_jobs", "check_status"},
 }  # fmt: skip
 MAY_AT_HOME = {
-    "lead": {"clone_job", "abort_job", "delete_job", "download_job", "restart", "shutdown"},
-    "org_admin": {"abort_job", "delete_job", "download_job", "restart", "shutdown", "ls", "cat"},
+    "lead": {"clone_job", "abort_job", "delete_job", "download_job"},
+    "org_admin": {"abort_job", "delete_job", "download_job", "restart", "shutdown"},
 }
 ASKED = MAY["project_admin"] | {"ls", "cat", "byoc"}
 

@@ -28,7 +28,9 @@ READER_ROLES = ("auditor", "member")
 
 SERVER_STORAGE = "storage"
 _GUARD = {"id": "policy_guard", "path": "nnunet_flare.provision.guard.PolicyGuard"}
-_REPLACED = ("policy_guard", "site_log_streamer", "log_receiver")
+_GATE = {"id": "request_gate", "path": "nnunet_flare.provision.requests.RequestGate"}
+_VALIDATOR = "nnunet_flare.provision.application.ApplicationValidator"
+_REPLACED = ("policy_guard", "request_gate", "site_log_streamer", "log_receiver")
 _NO_CODE = {"byoc": "none", "server-predeployed-flwr": "none"}
 _READ = {"view": "any"}
 
@@ -96,8 +98,9 @@ def _resources(policy: SitePolicy, default: Mapping[str, Any]) -> dict[str, Any]
     return resources | {
         "class_list_enforcement_mode": "enforce",
         "class_allow_list": list(policy.allowed_classes),
+        "app_validator": {"path": _VALIDATOR, "args": {"server": policy.server}},
         "allow_log_streaming": False,
-        "components": [_GUARD, *components.values()],
+        "components": [_GUARD, *([] if policy.server else [_GATE]), *components.values()],
     }
 
 
@@ -113,9 +116,10 @@ def _privacy(policy: SitePolicy) -> dict[str, Any]:
 
 
 def _authorization() -> dict[str, Any]:
-    """FLARE's roles, none of which may bring code; shell commands only for an organisation's own people.
+    """FLARE's roles, none of which may bring code or run shell commands.
 
-    What a role does not name, it may not do.
+    What a role does not name, it may not do. A lead operates nothing: whoever provisions may well be of the server's
+    own organisation.
     """
     own_jobs = {"clone_job": "n:submitter", "manage_job": "n:submitter", "download_job": "n:submitter"}
     permissions: dict[str, Any] = {
@@ -132,10 +136,9 @@ def _authorization() -> dict[str, Any]:
             "manage_job": "o:submitter",
             "download_job": "o:submitter",
             "operate": "o:site",
-            "shell_commands": "o:site",
             **_READ,
             **_NO_CODE,
         },
-        "lead": {"submit_job": "any", **own_jobs, "operate": "o:site", **_READ, **_NO_CODE},
+        "lead": {"submit_job": "any", **own_jobs, **_READ, **_NO_CODE},
     }
     return {"format_version": "1.0", "permissions": permissions | {role: dict(_READ) for role in READER_ROLES}}
