@@ -1,4 +1,4 @@
-"""The production path: provisioned processes, jobs submitted by the lead, results fetched; and ``make poc`` around it."""
+"""The production path: provisioned processes, jobs submitted by the lead, results fetched; ``make poc`` around it."""
 
 from __future__ import annotations
 
