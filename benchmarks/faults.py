@@ -32,7 +32,7 @@ from statistics import median
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "poc"))
-from local_federation import SERVER, LocalFederation
+from local_federation import SERVER, LocalFederation, end_on_signals
 
 from nnunet_flare.errors import NNUNetFlareError
 from nnunet_flare.flare.config import FederationConfig
@@ -211,6 +211,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--work", type=Path, help="keep everything here")
     options = parser.parse_args()
+    end_on_signals()
     print(f"{'fault in round 3':<34}{'jobs':>6}{'lost':>6}{'absent':>8}{'recovery s':>12}{'in rounds':>10}   end")
     work = options.work or Path(tempfile.mkdtemp())
     plain, ended_well = None, True

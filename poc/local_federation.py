@@ -170,6 +170,12 @@ class LocalFederation:
             time.sleep(0.2)
 
 
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP leave ``with`` blocks as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def free_ports(number: int) -> list[int]:
     sockets = [socket.socket() for _ in range(number)]
     for item in sockets:

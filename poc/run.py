@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from local_federation import SERVER, LocalFederation
+from local_federation import SERVER, LocalFederation, end_on_signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,8 +23,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "poc" / "work", help="made anew; everything goes there")
     parser.add_argument("--job", type=Path, default=ROOT / "jobs" / "ffe")
     options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    end_on_signals()
     folder = options.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
