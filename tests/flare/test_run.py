@@ -53,7 +53,7 @@ def test_a_name_may_be_used_and_archived_many_times(run, tmp_path):
 def test_other_settings_under_the_name_of_an_unfinished_run_are_refused_with_both_values(run):
     run_id = run.begin(SETTINGS)
     run.save_global(0, {"w": np.zeros(1, np.float32)})
-    with pytest.raises(StateError) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         run.begin({"num_rounds": 7, "dataset": "Dataset900_Demo", "fold": 1})
     error = refusal.value
     assert error.field == "run heart: fold, num_rounds"

@@ -211,10 +211,9 @@ class AdminSession:
         return UnreachableError(
             field=f"FLARE server {self.kit.host}:{self.kit.port}",
             expected=f"an answer to {command}",
-            found=type(error).__name__,
+            found=" ".join(str(error).split())[:200] or type(error).__name__,
             remedy="see that the server runs, that its name and port can be reached from here, "
             "and that the kit is of this server and has not expired",
-            local_detail=str(error),
         )
 
     def _refused(self, command: str, reason: str) -> RefusedError:

@@ -53,7 +53,7 @@ def prepare_job(job: Path, workspace: Path) -> PreparedJob:
     controller = read_controller(job)
     federation = FederationConfig.from_json(controller.federation or {})
     FederatedTrainingRecipe(controller.run, controller, federation).export(str(workspace))
-    folder = workspace / controller.run
+    folder = workspace.absolute() / controller.run
     _check_equal(job, folder)
     shutil.rmtree(folder / _MARKER.parent)
     return PreparedJob(run=controller.run, folder=folder, min_sites=federation.min_sites)

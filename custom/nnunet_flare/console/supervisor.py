@@ -95,11 +95,13 @@ class Supervisor:
                     found=f"job {other.id}, {other.status}, submitted {other.submitted}",
                     remedy="follow it with nnunet-flare status --follow or stop it, or give this run another name",
                 )
-        return self._send(job)
+        return self._announced(job, self._console.submit(job.folder, uuid.uuid4().hex))
 
-    def _send(self, job: PreparedJob) -> str:
+    def _submit_again(self, job: PreparedJob) -> str:
         token = uuid.uuid4().hex
-        job_id = self._patiently(lambda: self._console.submit(job.folder, token))
+        return self._announced(job, self._patiently(lambda: self._console.submit(job.folder, token)))
+
+    def _announced(self, job: PreparedJob, job_id: str) -> str:
         self._say(f"submitted {job.run} as job {job_id}")
         return job_id
 
@@ -127,7 +129,7 @@ class Supervisor:
             tries -= 1
             self._clock.sleep(pause)
             self._await_sites(job.min_sites)
-            job_id = self._send(job)
+            job_id = self._submit_again(job)
 
     def follow(self, job_id: str) -> Outcome:
         """Follow one job to its end."""

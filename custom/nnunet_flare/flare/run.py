@@ -63,7 +63,7 @@ class RunFolder:
             The run's id.
 
         Raises:
-            StateError: an unfinished run of this name has weights, and other settings.
+            ConfigError: an unfinished run of this name has weights, and other settings.
         """
         manifest = self._manifest()
         if manifest and not manifest["finished"]:
@@ -111,7 +111,7 @@ class RunFolder:
 
     def _refuse_other_settings(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        raise StateError(
+        raise ConfigError(
             field=f"run {self.path.name}: {', '.join(differing)}",
             expected="the settings of the unfinished run: " + ", ".join(f"{k}={before.get(k)}" for k in differing),
             found=", ".join(f"{key}={now.get(key)}" for key in differing),
