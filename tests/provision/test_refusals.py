@@ -10,6 +10,8 @@ import re
 import shutil
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -421,3 +423,14 @@ def test_who_has_not_the_right_is_refused(
         for command in ("list_jobs", f"get_job_meta {another}", "check_status server"):
             assert not REFUSAL.search(str(session.api.do_command(command)))
     assert all(map(federation.is_alive, (SERVER, SITE)))
+
+
+def test_a_file_below_the_current_folder_does_not_run_as_part_of_a_command(federation: LocalFederation, tmp_path: Path):
+    """Such as the results of a run, in the folder that the lead works in."""
+    for name, content in {"comm_config.json": '{"comm_driver_path": "results"}', "ran.py": "open('ran', 'w')"}.items():
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / name).write_text(content)
+    command = [sys.executable, "-m", "nnunet_flare.cli", "status", "unknown", "--kit", str(federation.user("lead"))]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "unknown" in result.stdout + result.stderr
+    assert not (tmp_path / "ran").exists()

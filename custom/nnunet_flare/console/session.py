@@ -20,6 +20,7 @@ from nvflare.fuel.flare_api.api_spec import (
     JobNotRunning,
 )
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.fuel.utils.config_service import ConfigService
 
 from nnunet_flare.console.kit import AdminKit
 from nnunet_flare.errors import NNUNetFlareError, RefusedError, UnreachableError
@@ -197,6 +198,8 @@ class AdminSession:
                 reopened = True
 
     def _open(self) -> Session:
+        # else FLARE takes a comm_config.json from anywhere below the current folder, and imports what that names
+        ConfigService.initialize(section_files={}, config_path=[str(self.kit.folder / "startup")])
         return new_secure_session(
             self.kit.user,
             str(self.kit.folder),
