@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SETTING=VALUE",
         help="what the sites share, such as sharing=cohort or keep_local='[\"norm\"]'; may be given many times",
     )
+    job.add_argument("--gpus", type=int, help="GPUs for each site's job under Kubernetes or Slurm")
     job.add_argument("--cross-site", action="store_true", help="score every site's model on every site in the end")
     job.set_defaults(command=_job)
 
@@ -312,7 +313,7 @@ def _job(options: argparse.Namespace) -> int:
     from nnunet_flare.recipe import AsymFedAvgRecipe, FFERecipe
 
     training = TrainingConfig.from_json(dict(_setting(text) for text in options.settings))
-    federation = FederationConfig(min_sites=options.min_sites, cross_site=options.cross_site)
+    federation = FederationConfig(min_sites=options.min_sites, cross_site=options.cross_site, num_gpus=options.gpus)
     sharing = dict(_setting(text) for text in options.sharing)
     config = SharingConfig.from_json(sharing)
     if options.method == "asym_fedavg":

@@ -38,7 +38,10 @@ class FederatedTrainingRecipe(Recipe):
     """What every job of this package consists of, around its controller."""
 
     def __init__(self, name: str, controller: FederatedTraining, federation: FederationConfig) -> None:
-        job = FedJob(name=name, min_clients=federation.min_sites or 1)
+        meta = None
+        if gpus := federation.num_gpus:
+            meta = {"launcher_spec": {"default": {"k8s": {"num_of_gpus": gpus}, "slurm": {"gpus_per_node": gpus}}}}
+        job = FedJob(name=name, min_clients=federation.min_sites or 1, meta_props=meta)
         job.job.set_app_packages(_PACKAGES)
         job.to_server(_SERVER_PARAMETERS)
         job.to_server(controller)

@@ -52,11 +52,14 @@ def test_a_committed_job_is_sent_as_it_is_but_without_the_marker(name: str, tmp_
 
 
 def test_a_job_with_settings_of_every_kind_passes(tmp_path: Path):
-    training, federation = TrainingConfig(**TINY_TRAINING), FederationConfig(min_sites=2, cross_site=True)
+    training, federation = TrainingConfig(**TINY_TRAINING), FederationConfig(min_sites=2, cross_site=True, num_gpus=1)
     FFERecipe(name="one", training=training, federation=federation, keep_local=["norm"]).export(str(tmp_path))
     sharing = SharingConfig(sharing="cohort", alignment="resolution")
     AsymFedAvgRecipe(name="two", training=training, sharing=sharing).export(str(tmp_path))
-    assert prepare_job(tmp_path / "one", tmp_path / "workspace").min_sites == 2
+    one = prepare_job(tmp_path / "one", tmp_path / "workspace")
+    assert one.min_sites == 2
+    asked = json.loads((one.folder / "meta.json").read_text())["launcher_spec"]
+    assert asked == {"default": {"k8s": {"num_of_gpus": 1}, "slurm": {"gpus_per_node": 1}}}
     assert prepare_job(tmp_path / "two", tmp_path / "workspace").min_sites is None
 
 

@@ -105,10 +105,7 @@ def _differences(theirs: Any, ours: Any, key: str = "") -> Iterator[tuple[str, s
             items = (values[index] if index < len(values) else _NOTHING for values in (theirs, ours))
             yield from _differences(*items, f"{key}.{index}")
     elif type(theirs) is not type(ours) or theirs != ours:
-        yield (
-            key.lstrip("."),
-            *("nothing" if value is _NOTHING else json.dumps(value)[:200] for value in (theirs, ours)),
-        )
+        yield key.lstrip("."), _text(theirs), _text(ours)
 
 
 def _text(value: Any) -> str:

@@ -21,17 +21,19 @@ class FederationConfig:
         cross_site: At the end, score every site's model on every site's validation cases; a site's model travels only
             where its own settings allow it (``share_model``).
         phase_timeout_s: Deadline of each phase before and after the rounds (fingerprint, plan, preprocess, validate).
+        num_gpus: What a site's Kubernetes or Slurm is asked for; other sites use the GPU that their settings name.
     """
 
     min_sites: int | None = None
     round_timeout_s: int = 24 * 3600
     phase_timeout_s: int = 24 * 3600
     cross_site: bool = False
+    num_gpus: int | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            optional = item.name == "min_sites" and value is None
+            optional = item.name in ("min_sites", "num_gpus") and value is None
             fits = type(value) is bool if item.name == "cross_site" else type(value) is int and value > 0
             if not optional and not fits:
                 raise ConfigError(
