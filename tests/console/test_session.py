@@ -59,6 +59,7 @@ def sessions(monkeypatch: pytest.MonkeyPatch) -> list[FakeSession]:
         return opened
 
     monkeypatch.setattr(module, "new_secure_session", open_session)
+    monkeypatch.setattr(module.ConfigService, "initialize", lambda **_: None)  # the kit has no folder
     return given
 
 
