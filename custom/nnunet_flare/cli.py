@@ -147,10 +147,10 @@ def _add_kit(parser: argparse.ArgumentParser, *, required: bool = False) -> None
 
 
 def _session(options: argparse.Namespace) -> AdminSession:
-    from nnunet_flare.console.kit import AdminKit
     from nnunet_flare.console.session import AdminSession
+    from nnunet_flare.provision.kit import StartupKit
 
-    return AdminSession(AdminKit.read(options.kit))
+    return AdminSession(StartupKit.read_user(options.kit))
 
 
 def _submit(options: argparse.Namespace) -> int:

@@ -19,12 +19,20 @@ from nvflare.fuel.flare_api.api_spec import (
 )
 
 from nnunet_flare.console import session as module
-from nnunet_flare.console.kit import AdminKit
 from nnunet_flare.console.session import AdminSession
-from nnunet_flare.errors import ConfigError, RefusedError, UnreachableError
+from nnunet_flare.errors import RefusedError, UnreachableError
 from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.provision.kit import USER, StartupKit
 
-KIT = AdminKit(folder=Path("/kit"), user="lead@org", host="fl.example.org", port=8002)
+KIT = StartupKit(
+    folder=Path("/kit"),
+    kind=USER,
+    name="lead@org",
+    host="fl.example.org",
+    ports=(8002,),
+    server="fl.example.org",
+    security="mtls",
+)
 
 
 class FakeSession:
@@ -158,19 +166,3 @@ def test_idle_is_who_answers_and_runs_another_job_or_none(sessions):
     sessions.append(FakeSession(get_client_job_status=[answers]))
     sites = frozenset(answer["client_name"] for answer in answers)
     assert AdminSession(KIT).idle_sites("1", sites) == {"site-2", "site-3"}
-
-
-def test_a_kit_says_whose_it_is_and_where_the_server_is(tmp_path: Path):
-    (tmp_path / "startup").mkdir()
-    admin = {"username": "lead@org", "host": "fl.example.org", "port": 8002}
-    (tmp_path / "startup" / "fed_admin.json").write_text(json.dumps({"admin": admin}))
-    assert AdminKit.read(tmp_path) == AdminKit(folder=tmp_path, user="lead@org", host="fl.example.org", port=8002)
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"admin": {"username": "lead"}}'])
-def test_a_folder_that_is_no_administrators_kit_is_refused(tmp_path: Path, content: str | None):
-    if content is not None:
-        (tmp_path / "startup").mkdir()
-        (tmp_path / "startup" / "fed_admin.json").write_text(content)
-    with pytest.raises(ConfigError, match="kit: expected the start-up kit of an administrator"):
-        AdminKit.read(tmp_path)

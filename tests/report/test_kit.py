@@ -453,6 +453,12 @@ def test_a_start_file_that_flare_did_not_write_is_an_error(hospital):
         StartupKit.read(hospital)
 
 
+def test_a_session_is_opened_with_the_kit_of_a_person_only(lead, hospital):
+    assert StartupKit.read_user(lead).name == LEAD
+    with pytest.raises(ConfigError, match="expected the kit of a user, found that of the hospital hospital-a"):
+        StartupKit.read_user(hospital)
+
+
 def test_installing_the_policy_makes_a_plain_kit_of_flare_sound(tmp_path, capsys):
     from local_federation import LocalFederation
 

@@ -22,10 +22,10 @@ from nvflare.fuel.flare_api.api_spec import (
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.fuel.utils.config_service import ConfigService
 
-from nnunet_flare.console.kit import AdminKit
 from nnunet_flare.errors import NNUNetFlareError, RefusedError, UnreachableError
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.results import PROGRESS
+from nnunet_flare.provision.kit import StartupKit
 
 __all__ = ["LOST", "AdminSession", "Job", "Progress"]
 
@@ -94,7 +94,7 @@ class AdminSession:
         RefusedError: by every command: the server does not accept the person, or does not allow the command.
     """
 
-    def __init__(self, kit: AdminKit) -> None:
+    def __init__(self, kit: StartupKit) -> None:
         self.kit = kit
         self._session: Session | None = None
 
@@ -201,7 +201,7 @@ class AdminSession:
         # else FLARE takes a comm_config.json from anywhere below the current folder, and imports what that names
         ConfigService.initialize(section_files={}, config_path=[str(self.kit.folder / "startup")])
         return new_secure_session(
-            self.kit.user,
+            self.kit.name,
             str(self.kit.folder),
             timeout=_CONNECT_SECONDS,
             command_timeout=_COMMAND_SECONDS,
@@ -212,7 +212,7 @@ class AdminSession:
         if isinstance(error, AuthenticationError):
             return self._refused(command, str(error))
         return UnreachableError(
-            field=f"FLARE server {self.kit.host}:{self.kit.port}",
+            field=f"FLARE server {self.kit.host}:{self.kit.ports[0]}",
             expected=f"an answer to {command}",
             found=" ".join(str(error).split())[:200] or type(error).__name__,
             remedy="see that the server runs, that its name and port can be reached from here, "
@@ -222,7 +222,7 @@ class AdminSession:
     def _refused(self, command: str, reason: str) -> RefusedError:
         return RefusedError(
             field=command,
-            expected=f"a right of {self.kit.user}",
+            expected=f"a right of {self.kit.name}",
             found=" ".join(reason.split()),
             remedy="ask the project's administrator, or use the kit of a person who may",
         )

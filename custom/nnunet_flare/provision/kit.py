@@ -75,15 +75,26 @@ class StartupKit:
         Raises:
             ConfigError: as ``read`` does, and for a user's kit.
         """
-        kit = cls.read(folder)
-        if kit.kind == USER:
+        return cls.read(folder)._demand({HOSPITAL, SERVER}, "policies belong to sites: name a site's kit")
+
+    @classmethod
+    def read_user(cls, folder: Path) -> StartupKit:
+        """The kit of a person, who asks the server for something.
+
+        Raises:
+            ConfigError: as ``read`` does, and for a site's kit.
+        """
+        return cls.read(folder)._demand({USER}, "name the kit that provisioning made for you, such as lead@example.org")
+
+    def _demand(self, kinds: set[str], remedy: str) -> StartupKit:
+        if self.kind not in kinds:
             raise ConfigError(
                 field="start-up kit",
-                expected="the kit of a hospital or of the server",
-                found=f"that of the user {kit.name}",
-                remedy="policies belong to sites: name a site's kit",
+                expected=f"the kit of a {' or '.join(sorted(kinds))}",
+                found=f"that of the {self.kind} {self.name}",
+                remedy=remedy,
             )
-        return kit
+        return self
 
     @property
     def policy(self) -> SitePolicy:
