@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -108,7 +109,8 @@ class NNUNetExecutor(Executor):
         """Answer with the error; its details go to the run's own log, for FLARE may stream its logs to the server."""
         self.log_error(fl_ctx, str(error), fire_event=False)
         if self._run is not None and detail:
-            with (self._run.path / LOG_FILE).open("a") as log:
+            # A full disk is among the errors that must still be told.
+            with contextlib.suppress(OSError), (self._run.path / LOG_FILE).open("a") as log:
                 log.write(f"{error}\n{detail}\n")
         return protocol.error_message(error)
 
