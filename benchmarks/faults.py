@@ -1,6 +1,6 @@
 """What a fault costs a run: real processes on loopback, mutual TLS, a server and three hospitals.
 
-    python benchmarks/faults.py [--only FAULT ...] [--rounds 6]
+    python benchmarks/faults.py [--only FAULT ...] [--rounds 10]
 
 For every fault a federation of its own is provisioned and started, the lead gives
 ``nnunet-flare submit --follow --retry 5``, and the fault comes in the middle of the third round. The plain run beside
@@ -125,7 +125,7 @@ class FaultyRun:
     def __init__(self, folder: Path, name: str, num_rounds: int) -> None:
         self.folder, self.name, self.num_rounds = folder, name, num_rounds
         self.fault_at = self.recovered_at = 0.0
-        self.rounds_before: int = 0
+        self.rounds_before, self.mishap = 0, "the run ended before the fault"
 
     def run(self) -> None:
         training = TrainingConfig(
@@ -169,13 +169,20 @@ class FaultyRun:
         return history.rounds_done if history else 0
 
     def _hurt(self, federation: LocalFederation) -> None:
+        try:
+            self._hurt_once(federation)
+        except Exception as error:
+            self.mishap = f"no fault: {error!r}"
+            raise
+
+    def _hurt_once(self, federation: LocalFederation) -> None:
         self._wait(lambda: self._rounds_done() == IN_ROUND - 1)
         time.sleep(1)
         self.rounds_before = self._rounds_done()
         self.fault_at = time.monotonic()
         FAULTS[self.name](federation)
         self._wait(lambda: self._rounds_done() > self.rounds_before)
-        self.recovered_at = time.monotonic()
+        self.recovered_at, self.mishap = time.monotonic(), ""
 
     def _wait(self, holds: Callable[[], bool]) -> None:
         while not holds():
@@ -192,6 +199,8 @@ class FaultyRun:
         absent = sum(len(set(self.sites) - set(record.sites)) for record in history.rounds)
         once = [record.round for record in history.rounds] == list(range(1, self.num_rounds + 1))
         whole = set(history.rounds[-1].sites) == set(self.sites) if history.rounds else False
+        if self.mishap:
+            return f"{self.name:<34}{jobs:>6}   {self.mishap}"
         complete = self.status == 0 and history.phase == "done" and once and whole
         recovery = self.recovered_at - self.fault_at
         relative = f"{recovery / plain_round_s:>10.1f}" if plain_round_s else f"{'':>10}"
@@ -208,7 +217,7 @@ class FaultyRun:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FAULTS, help="these faults, beside the plain run")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--work", type=Path, help="keep everything here")
     options = parser.parse_args()
     end_on_signals()

@@ -39,6 +39,7 @@ class LocalFederation:
         self.folder, self.home = folder, folder / "state"
         self._settings = {"home": str(self.home), "num_threads": 1} | dict(settings or {})
         self.kits: dict[str, Path] = {}
+        self._started: dict[str, float] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         project = yaml.safe_load(PROJECT_FILE.read_text())
         server = next(item for item in project["participants"] if item["type"] == "server")
@@ -85,6 +86,7 @@ class LocalFederation:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"HOME": str(self.folder), "NNUNET_FLARE_HOME": str(self.home), "PATH": path}
         for name in names:
+            self._started[name] = time.time()
             script = self.kits[name] / "startup" / "sub_start.sh"
             with (self.folder / f"{name}.log").open("ab") as log:
                 self._processes[name] = subprocess.Popen(
@@ -123,12 +125,16 @@ class LocalFederation:
             session.close()
 
     def wait_for_sites(self, session: Session, patience_s: float = 60) -> None:
-        """Wait until every hospital that was started is connected."""
-        started = {name for name in self.sites if self.is_alive(name)}
+        """Wait until every hospital that was started is connected; FLARE lists one for minutes after its end."""
+        wanted = {name for name in self.sites if self.is_alive(name)}
         give_up = time.monotonic() + patience_s
-        while missing := started - {client.name for client in session.get_system_info().client_info}:
+        while True:
+            seen = {client.name: client.last_connect_time for client in session.get_system_info().client_info}
+            missing = sorted(name for name in wanted if seen.get(name, 0) < self._started[name])
+            if not missing:
+                return
             if time.monotonic() > give_up:
-                raise TimeoutError(f"not connected: {sorted(missing)}")
+                raise TimeoutError(f"not connected: {', '.join(missing)}")
             time.sleep(0.5)
 
     def run_job(self, job: Path, role: str = "lead", patience_s: float = 300) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def mixed(home: Path, mixed_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
     """One provisioned federation of real processes for the whole session: a server and three hospitals, connected.
 
-    A test that stops or kills a participant starts it again, and leaves no job running.
+    A test leaves it as it was: these four connected, no others, and no job running.
     """
     from local_federation import SERVER, LocalFederation
 
@@ -95,6 +95,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFedera
         federation.provision()
         federation.start(SERVER, *federation.sites)
         federation.wait_until_listening()
+        with federation.session() as session:
+            federation.wait_for_sites(session)
         yield federation
 
 

@@ -83,6 +83,8 @@ def test_a_hospital_that_sends_more_than_its_layers_is_left_out_of_the_round(
     finally:
         federation.stop("hospital-c")
         federation.start("hospital-c")
+        with federation.session() as session:
+            federation.wait_for_sites(session)
     assert meta["status"] == "FINISHED:COMPLETED"
     (record,) = RunHistory.load(federation.home / "server" / "runs" / "too_much").rounds
     assert set(record.sites) == {"hospital-a", "hospital-b"}

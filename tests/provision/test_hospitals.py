@@ -101,7 +101,10 @@ def test_a_fourth_and_a_fifth_hospital_join_and_no_old_kit_changes(federation: L
         assert federation.run_job(tmp_path / "five")["status"] == "FINISHED:COMPLETED"
     finally:
         federation.stop("hospital-d", "hospital-e")
-        del federation.kits["hospital-d"], federation.kits["hospital-e"]
+        with federation.session("project_admin") as session:
+            for name in ("hospital-d", "hospital-e"):
+                session.remove_client(name)
+                del federation.kits[name]
     history = RunHistory.load(federation.home / "server" / "runs" / "five")
     sites = {f"hospital-{letter}" for letter in "abcde"}
     assert set(history.rounds[0].sites) == sites

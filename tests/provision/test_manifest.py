@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from nnunet_flare.errors import PolicyError
+from nnunet_flare.provision.guard import is_guarded
 from nnunet_flare.provision.manifest import MANIFEST_FILE, PROJECT, SIGNATURE_FILE, SITE, PolicyManifest
 
 
@@ -59,10 +60,16 @@ def test_a_removed_file_is_named(kit, name):
         "local/more__p_resources.json",
         "startup/more__j_resources.json",
         "local/comm_config.json",
+        "startup/comm_config.json",
+        "transfer/deep/comm_config.json",
+        "resources.json",
+        "startup/resources.json",
+        "local/log_config.json",
         "local/study_registry.json",
     ],
 )
 def test_a_file_that_flare_would_read_as_well_is_named_when_it_is_added(kit, name):
+    (kit / name).parent.mkdir(parents=True, exist_ok=True)
     (kit / name).write_text("{}")
     with pytest.raises(PolicyError, match=f"found {name} was added;"):
         PolicyManifest.check(kit)
@@ -79,6 +86,14 @@ def test_what_flare_writes_while_it_runs_is_no_change(kit):
     for name in ("log.txt", "audit.log", "local/nnunet_flare.json", "transfer/result.json"):
         (kit / name).write_text("{}")
     PolicyManifest.check(kit)
+
+
+def test_a_kit_counts_as_guarded_until_nothing_of_the_policy_is_left(kit, tmp_path):
+    assert is_guarded(kit)
+    for name in (MANIFEST_FILE, SIGNATURE_FILE):
+        (kit / name).unlink()
+    assert is_guarded(kit)
+    assert not is_guarded(tmp_path)
 
 
 @pytest.mark.parametrize("name", [MANIFEST_FILE, SIGNATURE_FILE])

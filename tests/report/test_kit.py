@@ -344,7 +344,20 @@ FAULTS = {
         "log streaming",
         "component s",
     ),
-    "guard": ("resources.json", lambda c: c["components"].pop(0), "policy guard", "nothing checks"),
+    "guard": ("resources.json", lambda c: c["components"].pop(0), "policy guard", "PolicyGuard is missing"),
+    "gate": ("resources.json", lambda c: c["components"].pop(1), "policy guard", "RequestGate is missing"),
+    "validator": (
+        "resources.json",
+        lambda c: c.pop("app_validator"),
+        "policy guard",
+        "ApplicationValidator is missing",
+    ),
+    "validator of the server": (
+        "resources.json",
+        lambda c: c["app_validator"]["args"].update(server=True),
+        "policy guard",
+        "ApplicationValidator is missing or altered",
+    ),
     "byoc": ("authorization.json", lambda c: c["permissions"]["lead"].update(byoc="any"), "code from outside", "lead"),
     "byoc to one": (
         "authorization.json",
@@ -474,6 +487,17 @@ def test_installing_the_policy_makes_a_plain_kit_of_flare_sound(tmp_path, capsys
         assert {"signed by the site:", "local/resources.json", "local/privacy.json"} <= set(printed)
     assert failed(plain.kits[SERVER]) == []
     assert failed(plain.kits[HOSPITAL]) == ["server"]
+
+
+def test_installing_the_policy_again_keeps_the_filters_that_it_has(hospital, capsys):
+    noise = {"path": "nnunet_flare.privacy.Noise", "args": {"scale": 1}, "direction": "out"}
+    edit(hospital / "local" / "privacy.json", lambda privacy: privacy["scopes"][0]["task_result_filters"].append(noise))
+    assert main(["policy", "install", str(hospital)]) == 0
+    privacy = json.loads((hospital / "local" / "privacy.json").read_text())
+    assert privacy["scopes"][0]["task_result_filters"] == [noise]
+    edit(hospital / "local" / "privacy.json", lambda privacy: privacy["scopes"].append({"name": "public"}))
+    assert main(["policy", "install", str(hospital)]) == 1
+    assert "privacy.json: expected one scope, found 2 scopes" in capsys.readouterr().err
 
 
 def test_a_wanted_change_is_recorded_and_the_doctor_says_by_whom(hospital, capsys):

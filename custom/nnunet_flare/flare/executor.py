@@ -34,7 +34,8 @@ from nnunet_flare.nnunet.demo import DEMO_DATASETS
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.site import SiteSettings
-from nnunet_flare.provision.manifest import MANIFEST_FILE, PolicyManifest
+from nnunet_flare.provision.guard import is_guarded
+from nnunet_flare.provision.manifest import PolicyManifest
 
 __all__ = ["NNUNetExecutor"]
 
@@ -132,7 +133,7 @@ class NNUNetExecutor(Executor):
     def _describe(self, request: Message, calls: Calls) -> Message:
         """The schema of the site's data, its role, and the versions that must fit."""
         settings = calls.settings
-        if (self._kit / MANIFEST_FILE).exists():
+        if is_guarded(self._kit):
             PolicyManifest.check(self._kit)
         schema = RawDataset.read(find_dataset(settings.raw_root, settings.dataset)).schema
         versions = {"python": ".".join(platform.python_version_tuple()[:2])}

@@ -63,6 +63,8 @@ class SitePolicyBuilder(Builder):
         self._client_policy = SitePolicy(task_data_filters=task_data_filters, task_result_filters=task_result_filters)
 
     def finalize(self, project: Project, ctx: ProvisionContext) -> None:
+        for folder in (ctx.get_state_dir(), *map(ctx.get_ws_dir, project.get_all_participants())):
+            Path(folder).chmod(0o700)  # private keys
         ca_key = ctx.get(CtxKey.ROOT_PRI_KEY)
         for client in project.get_clients():
             install_policy(Path(ctx.get_ws_dir(client)), self._client_policy, ca_key=ca_key)

@@ -14,9 +14,9 @@ from nvflare.apis.fl_exception import UnsafeComponentError
 from nvflare.lighter.utils import load_crt, load_crt_chain, verify_cert_chain
 
 from nnunet_flare.errors import PolicyError
-from nnunet_flare.provision.manifest import PolicyManifest
+from nnunet_flare.provision.manifest import MANIFEST_FILE, PolicyManifest
 
-__all__ = ["PolicyGuard"]
+__all__ = ["PolicyGuard", "is_guarded"]
 
 
 class PolicyGuard(FLComponent):
@@ -35,10 +35,17 @@ class PolicyGuard(FLComponent):
             workspace = fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)
             try:
                 manifest = PolicyManifest.check(Path(workspace.get_root_dir()))
+                _check_certificate(Path(workspace.get_startup_kit_dir()))
             except Exception as error:  # FLARE logs any other kind, and starts
                 self.log_error(fl_ctx, str(error), fire_event=False)
                 raise UnsafeComponentError(str(error)) from error
             self.log_info(fl_ctx, f"site policy: {len(manifest.files)} files as signed by the {manifest.signer}")
+
+
+def is_guarded(kit: Path) -> bool:
+    """True for a kit that has, or had, a policy; FLARE's simulator and its own kits have none."""
+    resources = (kit / "local").glob("resources.json*")
+    return (kit / MANIFEST_FILE).exists() or any(__name__ in file.read_text() for file in resources)
 
 
 def _check_certificate(startup: Path) -> None:

@@ -38,8 +38,10 @@ _COVERED = (
     "local/privacy.json",
     "local/authorization.json",
     "local/authorization.json.default",
-    "local/comm_config.json",
     "local/study_registry.json",
+    "local/log_config.json*",
+    "**/comm_config.json",  # FLARE looks for these two in all folders of a kit
+    "**/resources.json",
     _RUNTIME,
 )
 _PADDING = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)

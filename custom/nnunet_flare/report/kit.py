@@ -15,7 +15,6 @@ from nvflare.fuel.sec.authz import parse_policy_config
 
 from nnunet_flare.errors import ConfigError, NNUNetFlareError, PolicyError
 from nnunet_flare.nnunet.site import SiteSettings
-from nnunet_flare.provision.guard import PolicyGuard
 from nnunet_flare.provision.kit import HOSPITAL, SERVER, USER, StartupKit, read_object, subject
 from nnunet_flare.provision.manifest import SITE, PolicyManifest
 from nnunet_flare.provision.policy import SitePolicy, policy_files
@@ -25,7 +24,7 @@ from nnunet_flare.report.doctor import FAIL, OK, Check, diagnose, versions
 __all__ = ["check_kit", "diagnose_kit"]
 
 _INSTALL = "put the file back as it was installed, or run nnunet-flare policy install"
-_GUARD = f"{PolicyGuard.__module__}.{PolicyGuard.__qualname__}"
+_OURS = "nnunet_flare.provision."
 _LOGGING = "nvflare.app_common.logging."
 _PROCESSES = {
     SERVER: "nvflare.private.fed.app.server.server_train",
@@ -82,12 +81,17 @@ def _manifest(kit: StartupKit) -> tuple[bool, str]:
 
 
 def _guard(kit: StartupKit) -> tuple[bool, str]:
-    found = any(component.get("path") == _GUARD for component in kit.local("resources.json")["components"])
-    return found, "checks the policy files at every start" if found else "nothing checks the policy files at the start"
+    """The parts of the policy that are code: whatever of them a fresh installation would write must be there."""
+    resources = kit.local("resources.json")
+    wanted = policy_files(SitePolicy(server=kit.kind == SERVER), resources)["resources.json"]
+    for part in (wanted["app_validator"], *(item for item in wanted["components"] if item["path"].startswith(_OURS))):
+        if part not in (resources.get("app_validator"), *resources["components"]):
+            return False, f"{part['path'].rpartition('.')[2]} is missing or altered"
+    return True, "checks the policy files at every start, each job and whose requests are answered"
 
 
 def _allow_list(kit: StartupKit) -> tuple[bool, str]:
-    resources, wanted = kit.local("resources.json"), set(kit.policy.allowed_classes)
+    resources, wanted = kit.local("resources.json"), set(SitePolicy(server=kit.kind == SERVER).allowed_classes)
     mode, allowed = resources.get("class_list_enforcement_mode", "enforce"), set(resources["class_allow_list"])
     if mode != "enforce":
         return False, f"class_list_enforcement_mode is {mode}: nothing is refused"
