@@ -230,7 +230,8 @@ def test_models_that_may_travel_are_scored_on_every_site(mixed: Path, tmp_path: 
         for label in (1, 2, 3):
             a, b = truth[0] == label, found == label
             dice.append(2 * (a & b).sum() / (a.sum() + b.sum()))
-    assert history.cross_site["site-1"]["site-2"].dsc == pytest.approx(np.mean(dice), abs=1e-6)
+    # A voxel may tip over: the two predictions need not use equally many threads, and the network has hardly learnt.
+    assert history.cross_site["site-1"]["site-2"].dsc == pytest.approx(np.mean(dice), abs=1e-3)
 
 
 def test_a_site_refuses_a_job_that_asks_for_what_its_settings_keep(mixed: Path, tmp_path: Path, inline: None):
