@@ -166,3 +166,14 @@ def test_idle_is_who_answers_and_runs_another_job_or_none(sessions):
     sessions.append(FakeSession(get_client_job_status=[answers]))
     sites = frozenset(answer["client_name"] for answer in answers)
     assert AdminSession(KIT).idle_sites("1", sites) == {"site-2", "site-3"}
+
+
+def test_a_job_is_sent_as_one_of_its_series_and_known_as_such(sessions, tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps(META))
+    sessions.append(FakeSession(submit_job=["1"]))
+    session = AdminSession(KIT)
+    assert session.submit(tmp_path, "one", "token") == "1"
+    sent = json.loads((tmp_path / "meta.json").read_text())
+    assert sent.items() > META.items()
+    sessions[0].answers["get_job_meta"] = [sent, META, META | {"custom_props": 3}]
+    assert [session.job("1").series for _ in range(3)] == ["one", "", ""]

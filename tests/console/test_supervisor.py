@@ -48,6 +48,7 @@ class FakeServer:
     def __init__(self, *jobs: list[Look], errors: dict[str, NNUNetFlareError] | None = None, others: list[Job] = ()):
         self.scripts, self.errors, self.others = jobs, errors or {}, list(others)
         self.tokens: list[str] = []
+        self.series: list[str] = []
         self.aborted: list[str] = []
         self.slept: list[float] = []
         self.looks: list[Look] = []
@@ -63,10 +64,11 @@ class FakeServer:
     def jobs(self, run: str) -> list[Job]:
         return self.others
 
-    def submit(self, job_folder: Path, token: str) -> str:
+    def submit(self, job_folder: Path, series: str, token: str) -> str:
         self.looks = list(self.scripts[len(self.tokens)])
         self.look = self.looks[0]
         self.tokens.append(token)
+        self.series.append(series)
         return f"job-{len(self.tokens)}"
 
     def job(self, job_id: str) -> Job | None:
@@ -298,6 +300,21 @@ def test_a_server_that_does_not_come_back_is_given_up():
     with pytest.raises(UnreachableError):
         see_through(server, retries=3, wait_s=120.0)
     assert 120.0 < server.now < 180.0
+
+
+def test_all_submissions_until_a_complete_one_are_of_one_series():
+    lost = Job(id="old", run="heart", status=LOST, series="one")
+    server = FakeServer([Look(status=LOST)], [Look(status=COMPLETE)], others=[lost])
+    see_through(server, retries=1)
+    assert server.series == ["one", "one"]
+
+
+def test_after_a_complete_job_a_new_series_begins():
+    complete, lost = (Job(id="old", run="heart", status=status, series="one") for status in (COMPLETE, LOST))
+    server = FakeServer([Look(status=LOST)], [Look(status=COMPLETE)], others=[complete, lost])
+    see_through(server, retries=1)
+    assert server.series[0] not in ("", "one")
+    assert len(set(server.series)) == 1
 
 
 def test_a_run_that_is_under_way_is_refused_with_its_job():

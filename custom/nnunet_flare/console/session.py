@@ -25,7 +25,9 @@ from nvflare.fuel.utils.config_service import ConfigService
 from nnunet_flare.errors import NNUNetFlareError, RefusedError, UnreachableError
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.results import PROGRESS
+from nnunet_flare.flare.series import in_series, series_of
 from nnunet_flare.provision.kit import StartupKit
+from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["LOST", "AdminSession", "Job", "Progress"]
 
@@ -51,6 +53,7 @@ class Job:
         submitted: Time of submission, as FLARE writes it.
         duration: So far, or in all.
         deployment: What each participant said to the deployment, such as ``site-1: OK``.
+        series: Name that it shares with the submissions before it, back to a complete one.
     """
 
     id: str
@@ -59,6 +62,7 @@ class Job:
     submitted: str = ""
     duration: str = ""
     deployment: tuple[str, ...] = ()
+    series: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -147,14 +151,17 @@ class AdminSession:
             submitted=meta.get("submit_time_iso", ""),
             duration=meta.get("duration", ""),
             deployment=tuple(meta.get("job_deploy_detail") or ()),
+            series=series_of(meta),
         )
 
     def _started_before_the_server(self, start_time: str) -> bool:
         since = self._ask("get_system_info").server_info.start_time
         return bool(start_time) and datetime.fromisoformat(start_time).timestamp() < since
 
-    def submit(self, job_folder: Path, token: str) -> str:
-        """Send a job and return its id; the same ``token`` never makes a second job of it."""
+    def submit(self, job_folder: Path, series: str, token: str) -> str:
+        """Send a job as one of the series and return its id; the same ``token`` never makes a second job of it."""
+        meta = job_folder / "meta.json"
+        write_json(meta, in_series(read_json(meta), series))
         job_id: str = self._ask("submit_job", str(job_folder), submit_token=token)
         return job_id
 

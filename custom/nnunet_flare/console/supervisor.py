@@ -38,7 +38,7 @@ class Console(Protocol):
 
     def job(self, job_id: str) -> Job | None: ...
 
-    def submit(self, job_folder: Path, token: str) -> str: ...
+    def submit(self, job_folder: Path, series: str, token: str) -> str: ...
 
     def progress(self, job_id: str) -> Progress | None: ...
 
@@ -77,6 +77,7 @@ class Supervisor:
     ) -> None:
         self._console, self._outcome_of, self._say, self._clock = console, outcome_of, say, clock
         self._retries, self._wait_s = retries, wait_s
+        self._series = uuid.uuid4().hex
         self._sites: frozenset[str] = frozenset()
         self._shown_phase = ""
         self._shown_rounds: dict[str, int] = {}
@@ -87,7 +88,8 @@ class Supervisor:
         Raises:
             StateError: one is.
         """
-        for other in self._console.jobs(job.run):
+        earlier = self._console.jobs(job.run)
+        for other in earlier:
             if not other.has_ended:
                 raise StateError(
                     field=f"run {job.run}",
@@ -95,11 +97,13 @@ class Supervisor:
                     found=f"job {other.id}, {other.status}, submitted {other.submitted}",
                     remedy="follow it with nnunet-flare status --follow or stop it, or give this run another name",
                 )
-        return self._announced(job, self._console.submit(job.folder, uuid.uuid4().hex))
+        if earlier and not earlier[0].is_complete:
+            self._series = earlier[0].series or self._series
+        return self._announced(job, self._console.submit(job.folder, self._series, uuid.uuid4().hex))
 
     def _submit_again(self, job: PreparedJob) -> str:
         token = uuid.uuid4().hex
-        return self._announced(job, self._patiently(lambda: self._console.submit(job.folder, token)))
+        return self._announced(job, self._patiently(lambda: self._console.submit(job.folder, self._series, token)))
 
     def _announced(self, job: PreparedJob, job_id: str) -> str:
         self._say(f"submitted {job.run} as job {job_id}")
