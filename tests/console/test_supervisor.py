@@ -273,6 +273,20 @@ def test_a_site_that_was_there_and_did_not_take_the_job_is_no_late_one():
     assert server.aborted == []
 
 
+@pytest.mark.parametrize("is_listed_all_the_time", [True, False])
+def test_a_site_that_was_down_when_the_job_began_is_let_in_when_it_is_back(is_listed_all_the_time: bool):
+    late = SITES | {"site-3"}
+    down = ("server: OK", "site-1: OK", "site-2: OK", "site-3: no reply (deployment timeout)")
+    deployment = down if is_listed_all_the_time else ()
+    gone = late if is_listed_all_the_time else SITES
+    looks = [Look(rounds=1, connected=late, deployment=deployment)]
+    looks += [Look(rounds=1, connected=gone, deployment=deployment)] * 10
+    looks += [Look(rounds=2, connected=late, deployment=deployment)] * 2
+    server = FakeServer(looks, [Look(status=COMPLETE)])
+    see_through(server, retries=1)
+    assert server.aborted == ["job-1"]
+
+
 def test_before_it_is_submitted_again_the_sites_must_be_connected():
     gone = frozenset({"site-1"})
     server = FakeServer([Look(rounds=1), Look(status=LOST, connected=gone)], [Look(status=COMPLETE)])

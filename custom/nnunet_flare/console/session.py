@@ -76,6 +76,10 @@ class Job:
         """What the participants said that did not take the job."""
         return tuple(text for text in self.deployment if not text.endswith(": OK"))
 
+    def unanswered(self) -> frozenset[str]:
+        """Sites that FLARE believed to be connected when the job began, and that were not."""
+        return frozenset(text.partition(":")[0] for text in self.refusals() if "timeout" in text)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:

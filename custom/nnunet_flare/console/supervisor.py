@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -164,21 +165,20 @@ class Supervisor:
             if progress is not None:
                 self._sites = progress.sites
                 a_round_ended = self._show(progress.history)
-                if self._retries and stopped_for is None and progress.history.phase not in ENDS:
+                is_due = a_round_ended or self._clock.monotonic() >= next_check
+                if is_due and self._retries and stopped_for is None and progress.history.phase not in ENDS:
+                    connected = self._patiently(self._console.connected_sites)
+                    there_before &= connected - job.unanswered()
                     if a_round_ended and progress.history.phase == "train":
-                        late = self._patiently(self._console.connected_sites) - progress.sites - there_before
-                        stopped_for = _late(late) if late else None
-                    elif self._clock.monotonic() >= next_check:
-                        before, idle = idle, self._idle(job_id, progress.sites)
-                        stopped_for = _restarted(idle & before) if idle & before else None
+                        stopped_for = _late(connected - progress.sites - there_before)
+                    else:
+                        ask = partial(self._console.idle_sites, job_id, progress.sites & connected)
+                        before, idle = idle, self._patiently(ask)
+                        stopped_for = _restarted(idle & before)
                         next_check = self._clock.monotonic() + _CHECK_SECONDS
                     if stopped_for is not None:
                         self._patiently(lambda: self._console.abort(job_id))
             self._clock.sleep(_POLL_SECONDS)
-
-    def _idle(self, job_id: str, sites: frozenset[str]) -> frozenset[str]:
-        connected = self._patiently(self._console.connected_sites)
-        return self._patiently(lambda: self._console.idle_sites(job_id, sites & connected))
 
     def _show(self, history: RunHistory) -> bool:
         """Say what is new; True if a round is."""
@@ -235,24 +235,19 @@ def _pauses(longest: float = _LONGEST_PAUSE_SECONDS) -> Iterator[float]:
         pause = min(2 * pause, longest)
 
 
-def _late(sites: frozenset[str]) -> ParticipationError:
-    return ParticipationError(
-        field="job",
-        expected="every site that is connected",
-        found="one that came later",
-        remedy="it joins at the next submission",
-        site=_names(sites),
-    )
+def _late(sites: frozenset[str]) -> ParticipationError | None:
+    return _absence(sites, "every site that is connected", "one that came later", "it joins at the next submission")
 
 
-def _restarted(sites: frozenset[str]) -> ParticipationError:
-    return ParticipationError(
-        field="job",
-        expected="its process at the site",
-        found="none, though the site is connected",
-        remedy="it takes part again at the next submission",
-        site=_names(sites),
-    )
+def _restarted(sites: frozenset[str]) -> ParticipationError | None:
+    found = "none, though the site is connected"
+    return _absence(sites, "its process at the site", found, "it takes part again at the next submission")
+
+
+def _absence(sites: frozenset[str], expected: str, found: str, remedy: str) -> ParticipationError | None:
+    if not sites:
+        return None
+    return ParticipationError(field="job", expected=expected, found=found, remedy=remedy, site=_names(sites))
 
 
 def _names(sites: frozenset[str]) -> str:
