@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from nvflare.fuel.flare_api.api_spec import (
 
 from nnunet_flare.console import session as module
 from nnunet_flare.console.session import AdminSession
-from nnunet_flare.errors import RefusedError, UnreachableError
+from nnunet_flare.errors import RefusedError, StateError, UnreachableError
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.provision.kit import USER, StartupKit
 
@@ -99,6 +100,28 @@ def test_without_a_server_the_error_names_host_and_port_and_what_to_check(sessio
 def test_a_person_without_the_right_is_told_so(sessions, reason):
     sessions.append(FakeSession(abort_job=[reason]))
     with pytest.raises(RefusedError, match=r"abort_job: expected a right of lead@org, found (not for|who are) you"):
+        AdminSession(KIT).abort("1")
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        RuntimeError("runtime error encountered: failed to unzip file 'x': [Errno 28] No space left on device"),
+    ],
+)
+def test_a_full_disk_of_this_machine_is_no_silent_server(sessions, reason):
+    sessions.append(FakeSession(abort_job=[reason]))
+    found = getattr(reason, "strerror", "No space left on device")
+    with pytest.raises(StateError, match=f"expected files of this machine that can be read and written, found {found}"):
+        AdminSession(KIT).abort("1")
+
+
+@pytest.mark.parametrize("reason", [ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError("timed out")])
+def test_a_broken_line_is_a_server_to_ask_again(sessions, reason):
+    sessions.append(FakeSession(abort_job=[reason]))
+    with pytest.raises(UnreachableError):
         AdminSession(KIT).abort("1")
 
 

@@ -150,7 +150,7 @@ def test_what_may_pass_by_itself_is_tried_again(kind):
     assert len(server.tokens) == 2
 
 
-@pytest.mark.parametrize("kind", [ConfigError, DatasetError, PlansError, LayerMismatchError])
+@pytest.mark.parametrize("kind", [ConfigError, DatasetError, PlansError, LayerMismatchError, NNUNetFlareError])
 def test_what_somebody_must_correct_first_is_not_tried_again(kind):
     server = FakeServer([Look(status=LOST)], errors={"job-1": error(kind)})
     with pytest.raises(kind, match="site-2: thing: expected one, found another; mend it"):
@@ -281,7 +281,7 @@ def test_a_site_that_was_down_when_the_job_began_is_let_in_when_it_is_back(is_li
     gone = late if is_listed_all_the_time else SITES
     looks = [Look(rounds=1, connected=late, deployment=deployment)]
     looks += [Look(rounds=1, connected=gone, deployment=deployment)] * 10
-    looks += [Look(rounds=2, connected=late, deployment=deployment)] * 2
+    looks += [Look(rounds=2, connected=late, deployment=deployment), Look(status=COMPLETE)]
     server = FakeServer(looks, [Look(status=COMPLETE)])
     see_through(server, retries=1)
     assert server.aborted == ["job-1"]

@@ -48,8 +48,8 @@ class Outcome:
 
 
 def can_be_mended(error: NNUNetFlareError) -> bool:
-    """True if the same job may fare better another time."""
-    return not isinstance(error, _FINAL)
+    """True if the same job may fare better another time; a defect, which has no kind of its own, comes again."""
+    return type(error) is not NNUNetFlareError and not isinstance(error, _FINAL)
 
 
 def read_outcome(session: AdminSession, job: Job | None) -> Outcome:
