@@ -21,7 +21,7 @@ from nnunet_flare.console.submission import PreparedJob
 from nnunet_flare.errors import NNUNetFlareError, ParticipationError, StateError, UnreachableError
 from nnunet_flare.flare.history import ENDS, RunHistory, duration_text, in_site_order
 
-__all__ = ["Console", "Supervisor"]
+__all__ = ["Clock", "Console", "Supervisor"]
 
 _POLL_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _LONGEST_SILENCE_SECONDS = 5.0, 300.0, 30.0
@@ -49,6 +49,8 @@ class Console(Protocol):
 
 
 class Clock(Protocol):
+    """Module ``time``, but in tests."""
+
     def monotonic(self) -> float: ...
 
     def sleep(self, seconds: float) -> None: ...
@@ -63,7 +65,7 @@ class Supervisor:
         say: Writes a line for the person who waits.
         retries: Submissions after a failure, without a round gained in between; 0 only follows.
         wait_s: How long to wait for the server, or for sites, to be connected again.
-        clock: Module ``time``, but in tests.
+        clock: Tells the time, and waits.
     """
 
     def __init__(
