@@ -24,6 +24,7 @@ from nvflare.private.fed.utils.fed_utils import nvflare_fobs_initialize
 from nnunet_flare.flare.controller import FederatedTraining
 from nnunet_flare.flare.executor import NNUNetExecutor
 from nnunet_flare.flare.ffe import FFEController
+from nnunet_flare.flare.series import in_series
 
 nvflare_fobs_initialize()
 
@@ -37,10 +38,14 @@ class Loopback:
         folder: Holds each participant's ``local`` folder.
         sites: Names of the sites.
         tamper: Called with site, task name and reply; what it returns arrives instead, None never arrives.
+
+    With ``job_folder``, where FLARE would keep a submitted job, jobs count as submitted, and as ones of ``series``.
     """
 
     def __init__(self, folder: Path, sites: tuple[str, ...], tamper: Tamper = lambda site, task, reply: reply) -> None:
         self.folder, self.sites, self.tamper = folder, sites, tamper
+        self.job_folder: Path | None = None
+        self.series = ""
         self.panics: list[str] = []
         self.scalars: dict[str, list[float]] = {}
         self.sent: list[tuple[str, str, bytes, bytes]] = []
@@ -98,7 +103,11 @@ class Loopback:
     def _context(self, name: str) -> FLContext:
         local = self.folder / name / "local"
         local.mkdir(parents=True, exist_ok=True)
-        workspace = SimpleNamespace(get_site_config_dir=lambda: str(local), get_root_dir=lambda: str(local))
+        workspace = SimpleNamespace(
+            get_site_config_dir=lambda: str(local),
+            get_root_dir=lambda: str(local),
+            get_run_dir=lambda job_id: str(self.job_folder),
+        )
         clients = [Client(site, "") for site in self.sites]
         cell = SimpleNamespace(decode_pass_through_topics=set())
         engine = SimpleNamespace(
@@ -110,7 +119,8 @@ class Loopback:
         context = FLContext()
         context.set_prop(ReservedKey.ENGINE, engine, private=True, sticky=False)
         context.set_prop(ReservedKey.IDENTITY_NAME, name, private=False, sticky=False)
-        context.set_prop(FLContextKey.SIMULATE_MODE, True, private=True, sticky=False)
+        context.set_prop(FLContextKey.SIMULATE_MODE, self.job_folder is None, private=True, sticky=False)
+        context.set_prop(FLContextKey.JOB_META, in_series({}, self.series), private=True, sticky=False)
         return context
 
     def _hear(self, event_type: str, fl_ctx: FLContext) -> None:

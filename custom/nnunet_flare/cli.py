@@ -5,25 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnunet_flare import __version__
-from nnunet_flare.errors import ConfigError, NNUNetFlareError, StateError
+from nnunet_flare.errors import ConfigError, NNUNetFlareError
 from nnunet_flare.nnunet.site import SiteSettings, state_home
 
-if TYPE_CHECKING:
-    from nnunet_flare.console.outcome import Outcome
-    from nnunet_flare.console.session import AdminSession
-
 __all__ = ["main"]
-
-_STOP_SECONDS = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,55 +137,19 @@ def _add_kit(parser: argparse.ArgumentParser, *, required: bool = False) -> None
     parser.add_argument("--kit", type=Path, required=required, help="start-up kit of a person, from provisioning")
 
 
-def _session(options: argparse.Namespace) -> AdminSession:
-    from nnunet_flare.console.session import AdminSession
-    from nnunet_flare.provision.kit import StartupKit
-
-    return AdminSession(StartupKit.read_user(options.kit))
-
-
 def _submit(options: argparse.Namespace) -> int:
-    from nnunet_flare.console.outcome import read_outcome
-    from nnunet_flare.console.submission import prepare_job
-    from nnunet_flare.console.supervisor import Supervisor
+    from nnunet_flare.console.commands import submit
 
-    with tempfile.TemporaryDirectory() as workspace, _session(options) as session:
-        job = prepare_job(options.job, Path(workspace))
-        supervisor = Supervisor(
-            session, partial(read_outcome, session), _say, retries=options.retry, wait_s=60 * options.wait
-        )
-        job_id = supervisor.submit(job)
-        if not (options.follow or options.retry):
-            print(f"nnunet-flare status {job.run} --kit {options.kit} --follow")
-            return 0
-        return _until_the_end(partial(supervisor.see_through, job, job_id), job.run, options.kit)
-
-
-def _until_the_end(follow: Callable[[], Outcome], run: str, kit: Path) -> int:
-    from nnunet_flare.report.status import status_text
-
-    try:
-        outcome = follow()
-    except KeyboardInterrupt:
-        print(f"\nthe job goes on, and is not submitted again; nnunet-flare status {run} --kit {kit} --follow")
-        return 130
-    if outcome.error is not None:
-        raise outcome.error
-    if outcome.results is not None:
-        print(f"\n{status_text(outcome.results, with_artifacts=False)}\n")
-    print(f"nnunet-flare fetch {run} --kit {kit}")
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+    return submit(options.kit, options.job, follow=options.follow, retries=options.retry, wait_s=60 * options.wait)
 
 
 def _status(options: argparse.Namespace) -> int:
+    if options.kit:
+        from nnunet_flare.console.commands import show_status
+
+        return show_status(options.kit, options.run, follow=options.follow)
     from nnunet_flare.report.status import status_text
 
-    if options.kit:
-        return _status_at_server(options)
     folder = Path(options.run)
     if not folder.is_dir():
         folder = state_home() / "server" / "runs" / options.run
@@ -202,68 +157,16 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _status_at_server(options: argparse.Namespace) -> int:
-    from nnunet_flare.console.outcome import read_outcome
-    from nnunet_flare.console.supervisor import Supervisor
-    from nnunet_flare.report.status import history_text, status_text
-
-    with _session(options) as session:
-        jobs = session.jobs(options.run)
-        if not jobs:
-            raise StateError(
-                field=f"run {options.run}", expected="a job", found="none of that name", remedy="submit it first"
-            )
-        for job in jobs:
-            print(f"{job.id}  {job.submitted[:19]}  {job.status}")
-        newest = jobs[0]
-        if options.follow and not newest.has_ended:
-            supervisor = Supervisor(session, partial(read_outcome, session), _say)
-            return _until_the_end(partial(supervisor.follow, newest.id), options.run, options.kit)
-        print()
-        if not newest.has_ended:
-            progress = session.progress(newest.id)
-            print(history_text(progress.history) if progress else "no progress yet")
-            return 0
-        outcome = read_outcome(session, session.job(newest.id))
-        if outcome.results is not None:
-            print(status_text(outcome.results, with_artifacts=False))
-        elif outcome.history is not None:
-            print(history_text(outcome.history))
-        if outcome.error is not None:
-            print(outcome.error)
-    return 0
-
-
 def _fetch(options: argparse.Namespace) -> int:
-    from nnunet_flare.console.fetch import MODEL_FOLDER, fetch_results
-    from nnunet_flare.report.status import status_text
+    from nnunet_flare.console.commands import fetch
 
-    out = options.out or Path("results") / options.run
-    with _session(options) as session:
-        training = fetch_results(session, options.run, out)
-    print(f"{status_text(out)}\n")
-    if (out / MODEL_FOLDER).is_dir():
-        folds = " ".join(map(str, training.folds))
-        print(f"nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {out / MODEL_FOLDER} -f {folds}")
-    else:
-        print("the server knows no whole model: each site has its own, in its nnUNet_results")
-    return 0
+    return fetch(options.kit, options.run, options.out or Path("results") / options.run)
 
 
 def _stop(options: argparse.Namespace) -> int:
-    with _session(options) as session:
-        running = [job for job in session.jobs(options.run) if not job.has_ended]
-        if not running:
-            raise StateError(
-                field=f"run {options.run}", expected="a running job", found="none", remedy="see nnunet-flare status"
-            )
-        for job in running:
-            session.abort(job.id)
-            until = time.monotonic() + _STOP_SECONDS
-            while (now := session.job(job.id)) and not now.has_ended and time.monotonic() < until:
-                time.sleep(1)
-            print(f"stopped job {job.id}; submit {options.run} again to continue the run")
-    return 0
+    from nnunet_flare.console.commands import stop
+
+    return stop(options.kit, options.run)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def store_of(run: str, home: Path, folder: Path, recipe) -> FakeStore:
     """What FLARE keeps of a job whose run lies in ``home``."""
     recipe.export(str(folder / "job"))
     held = RunFolder(home / "server", run)
-    leave_results(held, folder / "workspace", None)
+    leave_results(held, folder / "workspace", with_weights=True)
     held.close()
     return FakeStore(folder)
 
@@ -103,6 +103,7 @@ def test_plans_that_name_foreign_code_are_refused(tmp_path: Path):
     plans = {"configurations": {"2d": {"architecture": architecture}}}
     for name, content in (("plans", plans), ("dataset", {}), ("dataset_fingerprint", {})):
         (results / "model" / f"{name}.json").write_text(json.dumps(content))
+    (results / "outcome.json").write_text("{}")
     FFERecipe(name="heart", training=TrainingConfig(**TINY_TRAINING)).export(str(tmp_path / "store" / "job"))
     with pytest.raises(PlansError, match="network_class_name"):
         fetch_results(FakeStore(tmp_path / "store"), "heart", tmp_path / "out")
@@ -145,3 +146,15 @@ def test_a_run_whose_folder_another_job_holds_leaves_the_reason_alone(tmp_path: 
     leave_results(None, tmp_path / "store" / "workspace", reason)
     outcome = read_outcome(FakeStore(tmp_path / "store"), Job(id="1", run="heart", status="FINISHED:ABNORMAL"))
     assert "another process holds its lock" in str(outcome.error)
+
+
+def test_results_that_the_server_did_not_keep_are_named_as_missing(tmp_path: Path):
+    FFERecipe(name="heart", training=TrainingConfig(**TINY_TRAINING)).export(str(tmp_path / "store" / "job"))
+    store, complete = FakeStore(tmp_path / "store"), Job(id="1", run="heart", status="FINISHED:COMPLETED")
+    missing = "expected the results of a complete job, found none"
+    with pytest.raises(StateError, match=missing):
+        fetch_results(store, "heart", tmp_path / "out")
+    shutil.rmtree(tmp_path / "download")
+    with pytest.raises(StateError, match=missing):
+        read_outcome(store, complete)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from nvflare.fuel.flare_api.api_spec import (
 
 from nnunet_flare.console import session as module
 from nnunet_flare.console.session import AdminSession
-from nnunet_flare.errors import RefusedError, UnreachableError
+from nnunet_flare.errors import RefusedError, StateError, UnreachableError
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.provision.kit import USER, StartupKit
 
@@ -102,6 +103,28 @@ def test_a_person_without_the_right_is_told_so(sessions, reason):
         AdminSession(KIT).abort("1")
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        RuntimeError("runtime error encountered: failed to unzip file 'x': [Errno 28] No space left on device"),
+    ],
+)
+def test_a_full_disk_of_this_machine_is_no_silent_server(sessions, reason):
+    sessions.append(FakeSession(abort_job=[reason]))
+    found = getattr(reason, "strerror", "No space left on device")
+    with pytest.raises(StateError, match=f"expected files of this machine that can be read and written, found {found}"):
+        AdminSession(KIT).abort("1")
+
+
+@pytest.mark.parametrize("reason", [ConnectionResetError(errno.ECONNRESET, "reset"), TimeoutError("timed out")])
+def test_a_broken_line_is_a_server_to_ask_again(sessions, reason):
+    sessions.append(FakeSession(abort_job=[reason]))
+    with pytest.raises(UnreachableError):
+        AdminSession(KIT).abort("1")
+
+
 def test_a_job_that_the_server_does_not_know_is_none(sessions):
     sessions.append(FakeSession(get_job_meta=[JobNotFound("no such job")]))
     assert AdminSession(KIT).job("1") is None
@@ -166,3 +189,14 @@ def test_idle_is_who_answers_and_runs_another_job_or_none(sessions):
     sessions.append(FakeSession(get_client_job_status=[answers]))
     sites = frozenset(answer["client_name"] for answer in answers)
     assert AdminSession(KIT).idle_sites("1", sites) == {"site-2", "site-3"}
+
+
+def test_a_job_is_sent_as_one_of_its_series_and_known_as_such(sessions, tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps(META))
+    sessions.append(FakeSession(submit_job=["1"]))
+    session = AdminSession(KIT)
+    assert session.submit(tmp_path, "one", "token") == "1"
+    sent = json.loads((tmp_path / "meta.json").read_text())
+    assert sent.items() > META.items()
+    sessions[0].answers["get_job_meta"] = [sent, META, META | {"custom_props": 3}]
+    assert [session.job("1").series for _ in range(3)] == ["one", "", ""]

@@ -48,6 +48,7 @@ class FakeServer:
     def __init__(self, *jobs: list[Look], errors: dict[str, NNUNetFlareError] | None = None, others: list[Job] = ()):
         self.scripts, self.errors, self.others = jobs, errors or {}, list(others)
         self.tokens: list[str] = []
+        self.series: list[str] = []
         self.aborted: list[str] = []
         self.slept: list[float] = []
         self.looks: list[Look] = []
@@ -63,10 +64,11 @@ class FakeServer:
     def jobs(self, run: str) -> list[Job]:
         return self.others
 
-    def submit(self, job_folder: Path, token: str) -> str:
+    def submit(self, job_folder: Path, series: str, token: str) -> str:
         self.looks = list(self.scripts[len(self.tokens)])
         self.look = self.looks[0]
         self.tokens.append(token)
+        self.series.append(series)
         return f"job-{len(self.tokens)}"
 
     def job(self, job_id: str) -> Job | None:
@@ -148,7 +150,7 @@ def test_what_may_pass_by_itself_is_tried_again(kind):
     assert len(server.tokens) == 2
 
 
-@pytest.mark.parametrize("kind", [ConfigError, DatasetError, PlansError, LayerMismatchError])
+@pytest.mark.parametrize("kind", [ConfigError, DatasetError, PlansError, LayerMismatchError, NNUNetFlareError])
 def test_what_somebody_must_correct_first_is_not_tried_again(kind):
     server = FakeServer([Look(status=LOST)], errors={"job-1": error(kind)})
     with pytest.raises(kind, match="site-2: thing: expected one, found another; mend it"):
@@ -271,6 +273,20 @@ def test_a_site_that_was_there_and_did_not_take_the_job_is_no_late_one():
     assert server.aborted == []
 
 
+@pytest.mark.parametrize("is_listed_all_the_time", [True, False])
+def test_a_site_that_was_down_when_the_job_began_is_let_in_when_it_is_back(is_listed_all_the_time: bool):
+    late = SITES | {"site-3"}
+    down = ("server: OK", "site-1: OK", "site-2: OK", "site-3: no reply (deployment timeout)")
+    deployment = down if is_listed_all_the_time else ()
+    gone = late if is_listed_all_the_time else SITES
+    looks = [Look(rounds=1, connected=late, deployment=deployment)]
+    looks += [Look(rounds=1, connected=gone, deployment=deployment)] * 10
+    looks += [Look(rounds=2, connected=late, deployment=deployment), Look(status=COMPLETE)]
+    server = FakeServer(looks, [Look(status=COMPLETE)])
+    see_through(server, retries=1)
+    assert server.aborted == ["job-1"]
+
+
 def test_before_it_is_submitted_again_the_sites_must_be_connected():
     gone = frozenset({"site-1"})
     server = FakeServer([Look(rounds=1), Look(status=LOST, connected=gone)], [Look(status=COMPLETE)])
@@ -298,6 +314,21 @@ def test_a_server_that_does_not_come_back_is_given_up():
     with pytest.raises(UnreachableError):
         see_through(server, retries=3, wait_s=120.0)
     assert 120.0 < server.now < 180.0
+
+
+def test_all_submissions_until_a_complete_one_are_of_one_series():
+    lost = Job(id="old", run="heart", status=LOST, series="one")
+    server = FakeServer([Look(status=LOST)], [Look(status=COMPLETE)], others=[lost])
+    see_through(server, retries=1)
+    assert server.series == ["one", "one"]
+
+
+def test_after_a_complete_job_a_new_series_begins():
+    complete, lost = (Job(id="old", run="heart", status=status, series="one") for status in (COMPLETE, LOST))
+    server = FakeServer([Look(status=LOST)], [Look(status=COMPLETE)], others=[complete, lost])
+    see_through(server, retries=1)
+    assert server.series[0] not in ("", "one")
+    assert len(set(server.series)) == 1
 
 
 def test_a_run_that_is_under_way_is_refused_with_its_job():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from conftest import TINY_TRAINING
 from loopback import Loopback
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.protocol import TRAIN
+from nnunet_flare.flare.results import RESULTS_FOLDER
+from nnunet_flare.flare.run import RunFolder
+from nnunet_flare.storage import read_json
 
 SITES = ("site-1", "site-2")
 
@@ -111,3 +115,62 @@ def test_rounds_go_on_where_a_stopped_run_left_off(demo_home, tmp_path, monkeypa
     final = _final_layers(demo_home, "broken")
     for name, array in expected.items():
         np.testing.assert_array_equal(final[name], array)
+
+
+@pytest.fixture
+def submitted(demo_home: Path, tmp_path: Path) -> Loopback:
+    federation = Loopback(tmp_path, SITES)
+    federation.job_folder = tmp_path / "job"
+    return federation
+
+
+def outcome(federation: Loopback) -> dict | None:
+    return read_json(federation.job_folder / RESULTS_FOLDER / "outcome.json")["error"]
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_finished_run_whose_job_was_lost_is_handed_over_and_no_site_is_asked(submitted, demo_home, tmp_path):
+    settings = TINY_TRAINING | {"num_rounds": 1}
+    submitted.series = "one"
+    submitted.run("heart", settings)
+    results = {file.name: file.read_bytes() for file in (submitted.job_folder / RESULTS_FOLDER).glob("*.*")}
+    assert {"layers.npz", "metrics.json"} <= results.keys()
+    asked, submitted.job_folder = len(submitted.sent), tmp_path / "next"
+    submitted.run("heart", settings)
+    assert submitted.panics == []
+    assert len(submitted.sent) == asked
+    assert {file.name: file.read_bytes() for file in (submitted.job_folder / RESULTS_FOLDER).glob("*.*")} == results
+    submitted.series = "two"
+    submitted.run("heart", settings)
+    assert len(submitted.sent) == 2 * asked
+    assert len(list((demo_home / "server" / "runs" / "archive").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_run_whose_results_find_no_room_fails_and_its_next_job_leaves_them(submitted, monkeypatch):
+    settings = TINY_TRAINING | {"num_rounds": 1}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(RunFolder, "newest_globals", full)
+        submitted.run("heart", settings)
+    assert "files of the run: expected files that can be read and written, found No space left" in submitted.panics[0]
+    assert outcome(submitted)["code"] == "state"
+    asked = len(submitted.sent)
+    submitted.run("heart", settings)
+    assert submitted.panics == []
+    assert len(submitted.sent) == asked
+    assert outcome(submitted) is None
+    assert (submitted.job_folder / RESULTS_FOLDER / "layers.npz").is_file()
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_full_disk_that_takes_no_reason_either_ends_the_job_all_the_same(submitted, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunHistory, "save", full)
+    submitted.run("heart", TINY_TRAINING)
+    assert "found No space left on device" in submitted.panics[0]

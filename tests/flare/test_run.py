@@ -50,6 +50,28 @@ def test_a_name_may_be_used_and_archived_many_times(run, tmp_path):
     assert len(list((tmp_path / "runs" / "archive").iterdir())) == 2
 
 
+def test_a_finished_run_is_taken_up_again_by_a_job_of_its_series_with_its_settings_alone(run, tmp_path):
+    run_id = run.begin(SETTINGS, "one")
+    run.finish()
+    assert run.begin(SETTINGS, "one") == run_id
+    assert run.begin({"num_rounds": 5}, "one") != run_id
+    assert len(list((tmp_path / "runs" / "archive").iterdir())) == 1
+
+
+def test_an_unfinished_run_belongs_to_the_series_that_went_on_with_it_last(run):
+    run_id = run.begin(SETTINGS, "one")
+    assert run.begin(SETTINGS, "two") == run_id
+    run.finish()
+    assert run.begin(SETTINGS, "two") == run_id
+    assert run.begin(SETTINGS, "one") != run_id
+
+
+def test_a_finished_run_without_a_series_is_never_taken_up_again(run):
+    run_id = run.begin(SETTINGS)
+    run.finish()
+    assert run.begin(SETTINGS) != run_id
+
+
 def test_other_settings_under_the_name_of_an_unfinished_run_are_refused_with_both_values(run):
     run_id = run.begin(SETTINGS)
     run.save_global(0, {"w": np.zeros(1, np.float32)})

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunet_flare.console.outcome import results_in
 from nnunet_flare.console.session import AdminSession
 from nnunet_flare.console.submission import read_controller
 from nnunet_flare.errors import ConfigError, StateError
 from nnunet_flare.flare.controller import TENSORBOARD_FOLDER
-from nnunet_flare.flare.results import LAYERS_FILE, RESULTS_FOLDER
+from nnunet_flare.flare.results import LAYERS_FILE
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.network_plan import check_classes
 from nnunet_flare.nnunet.process import NNUNetProcess
@@ -32,7 +33,7 @@ def fetch_results(session: AdminSession, run: str, out: Path) -> TrainingConfig:
 
     Raises:
         ConfigError: ``out`` exists.
-        StateError: no job of the run has finished.
+        StateError: no job of the run has finished, or its results are missing.
         RefusedError: the person may not download it.
     """
     if out.exists():
@@ -49,7 +50,7 @@ def fetch_results(session: AdminSession, run: str, out: Path) -> TrainingConfig:
     training = TrainingConfig.from_json(read_controller(download / "job" / run).training or {})
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(download / "workspace" / RESULTS_FOLDER, draft)
+    shutil.copytree(results_in(download), draft)
     if (events := download / "workspace" / TENSORBOARD_FOLDER).is_dir():
         shutil.copytree(events, draft / "tensorboard", dirs_exist_ok=True)
     if (draft / MODEL_FOLDER).is_dir():

@@ -26,7 +26,7 @@ from nnunet_flare.flare.history import JSON_FILE, RunHistory
 from nnunet_flare.flare.results import OUTCOME_FILE, RESULTS_FOLDER
 from nnunet_flare.storage import read_json
 
-__all__ = ["Outcome", "can_be_mended", "judge", "read_outcome"]
+__all__ = ["Outcome", "can_be_mended", "judge", "read_outcome", "results_in"]
 
 _FINAL = (ConfigError, DatasetError, PlansError, LayerMismatchError, PolicyError, RefusedError)
 """What somebody has to correct first; a site or process that was lost may be back."""
@@ -48,8 +48,8 @@ class Outcome:
 
 
 def can_be_mended(error: NNUNetFlareError) -> bool:
-    """True if the same job may fare better another time."""
-    return not isinstance(error, _FINAL)
+    """True if the same job may fare better another time; a defect, which has no kind of its own, comes again."""
+    return type(error) is not NNUNetFlareError and not isinstance(error, _FINAL)
 
 
 def read_outcome(session: AdminSession, job: Job | None) -> Outcome:
@@ -57,6 +57,7 @@ def read_outcome(session: AdminSession, job: Job | None) -> Outcome:
 
     Raises:
         UnreachableError: no answer from the server.
+        StateError: the job is complete, and has no results.
     """
     if job is None or job.status in (LOST, RunStatus.FAILED_TO_RUN):
         return Outcome(error=judge(job))
@@ -64,9 +65,9 @@ def read_outcome(session: AdminSession, job: Job | None) -> Outcome:
         download = session.download(job.id)
     except RefusedError:  # who may see a job may not always have its results
         return Outcome(error=judge(job))
-    results = download / "workspace" / RESULTS_FOLDER
     if job.is_complete:
-        return Outcome(results=results)
+        return Outcome(results=results_in(download))
+    results = download / "workspace" / RESULTS_FOLDER
     try:
         left = read_json(results / OUTCOME_FILE) if (results / OUTCOME_FILE).exists() else {}
         reason = error_from_reply(left["error"]) if left.get("error") else None
@@ -75,6 +76,24 @@ def read_outcome(session: AdminSession, job: Job | None) -> Outcome:
         return Outcome(error=judge(job, reason), history=latest)
     finally:
         shutil.rmtree(download)
+
+
+def results_in(download: Path) -> Path:
+    """The folder of results in what a complete job left.
+
+    Raises:
+        StateError: there is none.
+    """
+    results = download / "workspace" / RESULTS_FOLDER
+    if not (results / OUTCOME_FILE).is_file():
+        raise StateError(
+            field=f"job {download.name}",
+            expected="the results of a complete job",
+            found="none in what the server keeps of it",
+            remedy="look into the server's log; the run itself is in the server's folder of runs",
+            local_detail=str(download),
+        )
+    return results
 
 
 def judge(job: Job | None, reason: NNUNetFlareError | None = None) -> NNUNetFlareError | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,10 +24,12 @@ from nvflare.fuel.flare_api.api_spec import (
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.fuel.utils.config_service import ConfigService
 
-from nnunet_flare.errors import NNUNetFlareError, RefusedError, UnreachableError
+from nnunet_flare.errors import NNUNetFlareError, RefusedError, StateError, UnreachableError
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.results import PROGRESS
+from nnunet_flare.flare.series import in_series, series_of
 from nnunet_flare.provision.kit import StartupKit
+from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["LOST", "AdminSession", "Job", "Progress"]
 
@@ -37,6 +41,7 @@ _NO_JOBS = "no_jobs"
 _UNDER_WAY = (RunStatus.DISPATCHED, RunStatus.RUNNING)
 LOST = "LOST"
 _STORE = Path("transfer") / "results"
+_DISK_FULL = os.strerror(errno.ENOSPC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class Job:
         submitted: Time of submission, as FLARE writes it.
         duration: So far, or in all.
         deployment: What each participant said to the deployment, such as ``site-1: OK``.
+        series: Name that it shares with the submissions before it, back to a complete one.
     """
 
     id: str
@@ -59,6 +65,7 @@ class Job:
     submitted: str = ""
     duration: str = ""
     deployment: tuple[str, ...] = ()
+    series: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -71,6 +78,10 @@ class Job:
     def refusals(self) -> tuple[str, ...]:
         """What the participants said that did not take the job."""
         return tuple(text for text in self.deployment if not text.endswith(": OK"))
+
+    def unanswered(self) -> frozenset[str]:
+        """Sites that FLARE believed to be connected when the job began, and that were not."""
+        return frozenset(text.partition(":")[0] for text in self.refusals() if "timeout" in text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,7 @@ class AdminSession:
     Raises:
         UnreachableError: by every command: no answer from the server.
         RefusedError: by every command: the server does not accept the person, or does not allow the command.
+        StateError: by every command: a file of this machine cannot be read or written.
     """
 
     def __init__(self, kit: StartupKit) -> None:
@@ -147,14 +159,17 @@ class AdminSession:
             submitted=meta.get("submit_time_iso", ""),
             duration=meta.get("duration", ""),
             deployment=tuple(meta.get("job_deploy_detail") or ()),
+            series=series_of(meta),
         )
 
     def _started_before_the_server(self, start_time: str) -> bool:
         since = self._ask("get_system_info").server_info.start_time
         return bool(start_time) and datetime.fromisoformat(start_time).timestamp() < since
 
-    def submit(self, job_folder: Path, token: str) -> str:
-        """Send a job and return its id; the same ``token`` never makes a second job of it."""
+    def submit(self, job_folder: Path, series: str, token: str) -> str:
+        """Send a job as one of the series and return its id; the same ``token`` never makes a second job of it."""
+        meta = job_folder / "meta.json"
+        write_json(meta, in_series(read_json(meta), series))
         job_id: str = self._ask("submit_job", str(job_folder), submit_token=token)
         return job_id
 
@@ -193,7 +208,7 @@ class AdminSession:
                 raise self._refused(command, str(error)) from error
             except Exception as error:  # FLARE raises many things when the server does not answer as it should
                 self.close()
-                if reopened:
+                if reopened or _is_local(error):
                     raise self._failed(command, error) from error
                 reopened = True
 
@@ -211,6 +226,14 @@ class AdminSession:
     def _failed(self, command: str, error: Exception) -> NNUNetFlareError:
         if isinstance(error, AuthenticationError):
             return self._refused(command, str(error))
+        if _is_local(error):
+            return StateError(
+                field=command,
+                expected="files of this machine that can be read and written",
+                found=getattr(error, "strerror", None) or _DISK_FULL,
+                remedy=f"free disk space, see that {self.kit.folder.name} can be written, then try again",
+                local_detail=str(error),
+            )
         return UnreachableError(
             field=f"FLARE server {self.kit.host}:{self.kit.ports[0]}",
             expected=f"an answer to {command}",
@@ -226,6 +249,13 @@ class AdminSession:
             found=" ".join(reason.split()),
             remedy="ask the project's administrator, or use the kit of a person who may",
         )
+
+
+def _is_local(error: Exception) -> bool:
+    """True for what asking again does not mend; of a disk that a download fills, FLARE tells as text."""
+    if isinstance(error, OSError):
+        return not isinstance(error, (ConnectionError, TimeoutError))
+    return isinstance(error, RuntimeError) and _DISK_FULL in str(error)
 
 
 @contextlib.contextmanager

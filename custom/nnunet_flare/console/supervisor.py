@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -20,7 +21,7 @@ from nnunet_flare.console.submission import PreparedJob
 from nnunet_flare.errors import NNUNetFlareError, ParticipationError, StateError, UnreachableError
 from nnunet_flare.flare.history import ENDS, RunHistory, duration_text, in_site_order
 
-__all__ = ["Console", "Supervisor"]
+__all__ = ["Clock", "Console", "Supervisor"]
 
 _POLL_SECONDS = 2.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _LONGEST_SILENCE_SECONDS = 5.0, 300.0, 30.0
@@ -38,7 +39,7 @@ class Console(Protocol):
 
     def job(self, job_id: str) -> Job | None: ...
 
-    def submit(self, job_folder: Path, token: str) -> str: ...
+    def submit(self, job_folder: Path, series: str, token: str) -> str: ...
 
     def progress(self, job_id: str) -> Progress | None: ...
 
@@ -48,6 +49,8 @@ class Console(Protocol):
 
 
 class Clock(Protocol):
+    """Module ``time``, but in tests."""
+
     def monotonic(self) -> float: ...
 
     def sleep(self, seconds: float) -> None: ...
@@ -62,7 +65,7 @@ class Supervisor:
         say: Writes a line for the person who waits.
         retries: Submissions after a failure, without a round gained in between; 0 only follows.
         wait_s: How long to wait for the server, or for sites, to be connected again.
-        clock: Module ``time``, but in tests.
+        clock: Tells the time, and waits.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Supervisor:
     ) -> None:
         self._console, self._outcome_of, self._say, self._clock = console, outcome_of, say, clock
         self._retries, self._wait_s = retries, wait_s
+        self._series = uuid.uuid4().hex
         self._sites: frozenset[str] = frozenset()
         self._shown_phase = ""
         self._shown_rounds: dict[str, int] = {}
@@ -87,7 +91,8 @@ class Supervisor:
         Raises:
             StateError: one is.
         """
-        for other in self._console.jobs(job.run):
+        earlier = self._console.jobs(job.run)
+        for other in earlier:
             if not other.has_ended:
                 raise StateError(
                     field=f"run {job.run}",
@@ -95,11 +100,13 @@ class Supervisor:
                     found=f"job {other.id}, {other.status}, submitted {other.submitted}",
                     remedy="follow it with nnunet-flare status --follow or stop it, or give this run another name",
                 )
-        return self._announced(job, self._console.submit(job.folder, uuid.uuid4().hex))
+        if earlier and not earlier[0].is_complete:
+            self._series = earlier[0].series or self._series
+        return self._announced(job, self._console.submit(job.folder, self._series, uuid.uuid4().hex))
 
     def _submit_again(self, job: PreparedJob) -> str:
         token = uuid.uuid4().hex
-        return self._announced(job, self._patiently(lambda: self._console.submit(job.folder, token)))
+        return self._announced(job, self._patiently(lambda: self._console.submit(job.folder, self._series, token)))
 
     def _announced(self, job: PreparedJob, job_id: str) -> str:
         self._say(f"submitted {job.run} as job {job_id}")
@@ -160,21 +167,20 @@ class Supervisor:
             if progress is not None:
                 self._sites = progress.sites
                 a_round_ended = self._show(progress.history)
-                if self._retries and stopped_for is None and progress.history.phase not in ENDS:
+                is_due = a_round_ended or self._clock.monotonic() >= next_check
+                if is_due and self._retries and stopped_for is None and progress.history.phase not in ENDS:
+                    connected = self._patiently(self._console.connected_sites)
+                    there_before &= connected - job.unanswered()
                     if a_round_ended and progress.history.phase == "train":
-                        late = self._patiently(self._console.connected_sites) - progress.sites - there_before
-                        stopped_for = _late(late) if late else None
-                    elif self._clock.monotonic() >= next_check:
-                        before, idle = idle, self._idle(job_id, progress.sites)
-                        stopped_for = _restarted(idle & before) if idle & before else None
+                        stopped_for = _late(connected - progress.sites - there_before)
+                    else:
+                        ask = partial(self._console.idle_sites, job_id, progress.sites & connected)
+                        before, idle = idle, self._patiently(ask)
+                        stopped_for = _restarted(idle & before)
                         next_check = self._clock.monotonic() + _CHECK_SECONDS
                     if stopped_for is not None:
                         self._patiently(lambda: self._console.abort(job_id))
             self._clock.sleep(_POLL_SECONDS)
-
-    def _idle(self, job_id: str, sites: frozenset[str]) -> frozenset[str]:
-        connected = self._patiently(self._console.connected_sites)
-        return self._patiently(lambda: self._console.idle_sites(job_id, sites & connected))
 
     def _show(self, history: RunHistory) -> bool:
         """Say what is new; True if a round is."""
@@ -231,24 +237,19 @@ def _pauses(longest: float = _LONGEST_PAUSE_SECONDS) -> Iterator[float]:
         pause = min(2 * pause, longest)
 
 
-def _late(sites: frozenset[str]) -> ParticipationError:
-    return ParticipationError(
-        field="job",
-        expected="every site that is connected",
-        found="one that came later",
-        remedy="it joins at the next submission",
-        site=_names(sites),
-    )
+def _late(sites: frozenset[str]) -> ParticipationError | None:
+    return _absence(sites, "every site that is connected", "one that came later", "it joins at the next submission")
 
 
-def _restarted(sites: frozenset[str]) -> ParticipationError:
-    return ParticipationError(
-        field="job",
-        expected="its process at the site",
-        found="none, though the site is connected",
-        remedy="it takes part again at the next submission",
-        site=_names(sites),
-    )
+def _restarted(sites: frozenset[str]) -> ParticipationError | None:
+    found = "none, though the site is connected"
+    return _absence(sites, "its process at the site", found, "it takes part again at the next submission")
+
+
+def _absence(sites: frozenset[str], expected: str, found: str, remedy: str) -> ParticipationError | None:
+    if not sites:
+        return None
+    return ParticipationError(field="job", expected=expected, found=found, remedy=remedy, site=_names(sites))
 
 
 def _names(sites: frozenset[str]) -> str:

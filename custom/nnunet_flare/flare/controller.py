@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import time
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,7 +26,7 @@ from nvflare.widgets.info_collector import InfoCollector
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.network import Network
 from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
-from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError, StateError
+from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import FederationConfig
@@ -35,10 +35,11 @@ from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
 from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, check_versions
-from nnunet_flare.flare.results import PROGRESS, leave_results
+from nnunet_flare.flare.results import PROGRESS, leave_results, reason_of
 from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.flare.scoring import Scoring
+from nnunet_flare.flare.series import series_of
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.site import SiteSettings
@@ -108,7 +109,6 @@ class FederatedTraining(Controller, ABC):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         self._fl_ctx = fl_ctx
         self._conductor = Conductor(self, self._federation, fl_ctx, abort_signal, self._say)
-        self._error: NNUNetFlareError | None = None
         run = process = None
         try:
             local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
@@ -116,34 +116,35 @@ class FederatedTraining(Controller, ABC):
             run = RunFolder(settings.folder, self.run)
             self._open(run, settings)
             process = self._process = NNUNetProcess(log_file=run.path / "nnunet.log", num_threads=1)
-            self._conduct()
-        except RunStoppedError:
-            self._say(_STOPPED)
-        except NNUNetFlareError as error:
-            if abort_signal.triggered:
+            is_whole = self._is_done() or self._conduct()
+            self._leave_results(run, with_weights=is_whole)
+            if is_whole:
+                run.finish()
+        except Exception as error:
+            reason = None
+            if isinstance(error, RunStoppedError) or (abort_signal.triggered and isinstance(error, NNUNetFlareError)):
                 self._say(_STOPPED)
             else:
-                self._fail(error)
-        except OSError as error:
-            self._fail(_disk_error(error))
-        except Exception as error:
-            self._fail(_defect(error))
+                reason = reason_of(error)
+                self._fail(reason)
+            try:
+                self._leave_results(run, reason)
+            except OSError as unwritten:
+                self.log_error(fl_ctx, f"the job's end cannot be downloaded: {unwritten.strerror}", fire_event=False)
         finally:
             if process is not None:
                 process.close()
-            self._leave_results(run)
             if run is not None:
                 run.close()
 
-    def _leave_results(self, run: RunFolder | None) -> None:
+    def _leave_results(
+        self, run: RunFolder | None, error: NNUNetFlareError | None = None, *, with_weights: bool = False
+    ) -> None:
         """Put into the job's own folder what FLARE lets its submitter download; the simulator has no submitter."""
-        if self._fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
-            return
-        workspace = self._fl_ctx.get_engine().get_workspace()
-        try:
-            leave_results(run, Path(workspace.get_run_dir(self._fl_ctx.get_job_id())), self._error)
-        except OSError as error:
-            self.log_error(self._fl_ctx, f"results are not downloadable: {error.strerror}", fire_event=False)
+        if not self._fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
+            workspace = self._fl_ctx.get_engine().get_workspace()
+            job_folder = Path(workspace.get_run_dir(self._fl_ctx.get_job_id()))
+            leave_results(run, job_folder, error, with_weights=with_weights)
 
     def _open(self, run: RunFolder, settings: SiteSettings) -> None:
         identity = {name: value for name, value in self._config.to_json().items() if name != "stop_after"}
@@ -151,7 +152,7 @@ class FederatedTraining(Controller, ABC):
         self._run, self._settings = run, settings
         if not run.path.exists():
             self._pretrained()  # a new run with a misspelt checkpoint ends before it is one
-        self._run_id = run.begin(identity)
+        self._run_id = run.begin(identity, series_of(self._fl_ctx.get_prop(FLContextKey.JOB_META) or {}))
         self._folder, self._all_folds = run.path, self._config
         for fold in self._config.folds:
             self._enter(fold)
@@ -172,13 +173,14 @@ class FederatedTraining(Controller, ABC):
             self._history = RunHistory(run_name=name, run_id=self._run_id, num_rounds=num_rounds, started=started)
 
     def _is_done(self) -> bool:
+        """True if the fold is; after ``_open``, if all of them are."""
         return self._history.phase == "done" and bool(self._history.final)
 
     def _fail(self, error: NNUNetFlareError) -> None:
-        self._error = error
         self.log_error(self._fl_ctx, f"{error} {error.local_detail}".strip(), fire_event=False)
-        if hasattr(self, "_history"):
-            self._note(phase="failed", error=str(error))
+        if hasattr(self, "_history") and not self._is_done():
+            with contextlib.suppress(OSError):  # a full disk may be the error
+                self._note(phase="failed", error=str(error))
         self.system_panic(str(error), self._fl_ctx)
 
     def _note(self, **changes: Any) -> None:
@@ -205,7 +207,8 @@ class FederatedTraining(Controller, ABC):
     def _architecture(self, site: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Plans (or only their architecture) and ``dataset.json`` that a site's network is built from."""
 
-    def _conduct(self) -> None:
+    def _conduct(self) -> bool:
+        """True if the run is at its end, False if the job was to stop before."""
         planning = self._planning_phases()
         stages = [*dict(planning), "preprocess"]
         if self._config.stop_after not in (None, *stages):
@@ -220,7 +223,7 @@ class FederatedTraining(Controller, ABC):
             self._note(phase=stage)
             phase()
             if self._stops_after(stage):
-                return
+                return False
         for fold in self._all_folds.folds:
             self._enter(fold)
             if self._is_done():
@@ -228,14 +231,14 @@ class FederatedTraining(Controller, ABC):
             self._note(phase="preprocess", error="")
             self._agree_on_layers()
             if self._stops_after("preprocess"):
-                return
+                return False
             layers = self._train()
             self._note(phase="validate")
             self._export(layers)
             self._score(layers)
             self._note(phase="done")
             self._say(f"done: {self._record}")
-        self._run.finish()
+        return True
 
     def _stops_after(self, stage: str) -> bool:
         if stage == self._config.stop_after:
@@ -439,25 +442,4 @@ class FederatedTraining(Controller, ABC):
 def _absent(site: str) -> ParticipationError:
     return ParticipationError(
         field="job", expected="the sites that the run began with", found="not connected", remedy="start it", site=site
-    )
-
-
-def _disk_error(error: OSError) -> StateError:
-    return StateError(
-        field="files of the run",
-        expected="files that can be read and written",
-        found=error.strerror or type(error).__name__,
-        remedy="free disk space, then submit again",
-        site=SERVER,
-    )
-
-
-def _defect(error: Exception) -> NNUNetFlareError:
-    return NNUNetFlareError(
-        field="job",
-        expected="a run to its end",
-        found=f"{type(error).__name__}, a defect of this program",
-        remedy="see the server's log",
-        site=SERVER,
-        local_detail=traceback.format_exc(),
     )

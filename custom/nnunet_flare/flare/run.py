@@ -1,8 +1,8 @@
 """The folder of a run, at the server and at each site: what makes a run continue behind its last finished phase.
 
 ``<home>/<who>/runs/<name>/run.json`` says which run this is. An unfinished run of the same name continues; a finished
-one is moved to ``runs/archive/`` and a new one starts, as is one that got no weights yet and whose settings change; an
-unfinished one with weights refuses other settings.
+one is moved to ``runs/archive/`` and a new one starts, unless a job of the same series asks for it once more. One that
+got no weights yet and whose settings change is archived too; an unfinished one with weights refuses other settings.
 """
 
 from __future__ import annotations
@@ -56,8 +56,12 @@ class RunFolder:
     def close(self) -> None:
         self._lock.release()
 
-    def begin(self, settings: Mapping[str, Any]) -> str:
+    def begin(self, settings: Mapping[str, Any], series: str = "") -> str:
         """Server: continue the unfinished run, or start a new one; one that has no weights yet may change its mind.
+
+        Args:
+            settings: Of the run.
+            series: Of the job; a finished run is taken up again for a job of the series that it began or went on with.
 
         Returns:
             The run's id.
@@ -66,12 +70,16 @@ class RunFolder:
             ConfigError: an unfinished run of this name has weights, and other settings.
         """
         manifest = self._manifest()
-        if manifest and not manifest["finished"]:
-            if manifest["settings"] == settings:
+        if manifest and manifest["settings"] == settings:
+            is_of_series = bool(series) and manifest.get("series") == series
+            if is_of_series:
                 return manifest["run_id"]
-            if self.has_weights():
-                self._refuse_other_settings(manifest["settings"], settings)
-        return self._start(uuid.uuid4().hex, settings)
+            if not manifest["finished"]:
+                write_json(self.path / _MANIFEST, manifest | {"series": series})
+                return manifest["run_id"]
+        elif manifest and not manifest["finished"] and self.has_weights():
+            self._refuse_other_settings(manifest["settings"], settings)
+        return self._start(uuid.uuid4().hex, settings, series)
 
     def follow(self, run_id: str, settings: Mapping[str, Any]) -> None:
         """Site: continue the server's run, or start it; another run of this name is archived, never lost."""
@@ -81,9 +89,6 @@ class RunFolder:
 
     def finish(self) -> None:
         write_json(self.path / _MANIFEST, self._manifest() | {"finished": True})
-
-    def is_finished(self) -> bool:
-        return bool(self._manifest().get("finished"))
 
     def _manifest(self) -> dict[str, Any]:
         file = self.path / _MANIFEST
@@ -100,13 +105,14 @@ class RunFolder:
             )
         return manifest
 
-    def _start(self, run_id: str, settings: Mapping[str, Any]) -> str:
+    def _start(self, run_id: str, settings: Mapping[str, Any], series: str = "") -> str:
         if self.path.exists():
             stamp = time.strftime("%Y%m%d-%H%M%S")
             archive = self.path.parent / "archive" / f"{self.path.name}-{stamp}-{uuid.uuid4().hex[:4]}"
             archive.parent.mkdir(exist_ok=True)
             self.path.rename(archive)
-        write_json(self.path / _MANIFEST, {"run_id": run_id, "finished": False, "settings": dict(settings)})
+        content = {"run_id": run_id, "series": series, "finished": False, "settings": dict(settings)}
+        write_json(self.path / _MANIFEST, content)
         return run_id
 
     def _refuse_other_settings(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
