@@ -177,8 +177,8 @@ class LocalFederation:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP leave ``with`` blocks as Ctrl-C does."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    """Let Ctrl-C, SIGTERM and SIGHUP leave ``with`` blocks, in the background of a script too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 

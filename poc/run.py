@@ -27,12 +27,8 @@ def main() -> int:
     folder = options.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    try:
-        with LocalFederation(folder) as federation:
-            return run(federation, options.job.absolute())
-    except KeyboardInterrupt:
-        print("interrupted: everything was stopped", file=sys.stderr)
-        return 130
+    with LocalFederation(folder) as federation:
+        return run(federation, options.job.absolute())
 
 
 def run(federation: LocalFederation, job: Path) -> int:
