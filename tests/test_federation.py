@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -46,6 +47,35 @@ def test_both_jobs_are_submitted_followed_and_fetched(federation: LocalFederatio
     assert (ours / "metrics.csv").read_text() == (theirs / "metrics.csv").read_text()
     sent = [file for file in (kit / "transfer").rglob("*") if file.suffix in (".pth", ".pt", ".pkl")]
     assert sent == []
+
+
+@pytest.mark.slow
+@pytest.mark.federation
+def test_a_server_lost_after_the_run_and_before_its_jobs_end_trains_nothing_again(
+    federation: LocalFederation, tmp_path: Path
+):
+    from local_federation import SERVER
+
+    FFERecipe(name="nearly", training=TrainingConfig(**TINY)).export(str(tmp_path))
+    runs, program = federation.home / "server" / "runs", Path(sys.executable).with_name("nnunet-flare")
+    command = [program, "submit", "nearly", "--kit", federation.user("lead"), "--follow", "--retry", "2"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as submission:
+        while not (manifest := read_manifest(runs / "nearly")).get("finished"):
+            assert submission.poll() is None
+            time.sleep(0.01)
+        federation.stop(SERVER)
+        federation.start(SERVER)
+        said = submission.communicate(timeout=300)[0]
+    assert submission.returncode == 0
+    assert said.count("submitted nearly as job") == 2
+    assert said.count("round 1 of 2") == 1
+    assert read_manifest(runs / "nearly") == manifest
+    assert not list(runs.glob("archive/nearly-*"))
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """Of a run of the server; empty before it begins."""
+    return json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
