@@ -154,6 +154,7 @@ def test_plain_nnunet_validates_the_sites_model_to_the_same_score(literal_run: F
     assert re.search(r"epoch 8 [1-9]\d+", result.stdout)
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_in_flares_simenv(home: Path, tmp_path: Path):
     script = (
         "from nvflare.recipe import SimEnv\n"
