@@ -1,6 +1,6 @@
 """What a fault costs a run: real processes on loopback, mutual TLS, a server and three hospitals.
 
-    python benchmarks/faults.py [--only FAULT ...] [--rounds 10]
+    python benchmarks/faults.py [--only FAULT ...] [--rounds 14]
 
 For every fault a federation of its own is provisioned and started, the lead gives
 ``nnunet-flare submit --follow --retry 5``, and the fault comes in the middle of the third round. The plain run beside
@@ -217,7 +217,7 @@ class FaultyRun:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FAULTS, help="these faults, beside the plain run")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=14)
     parser.add_argument("--work", type=Path, help="keep everything here")
     options = parser.parse_args()
     end_on_signals()
