@@ -36,4 +36,4 @@ bench: .venv/installed  ## minutes; see benchmarks/README.md
 	touch $@
 
 clean:
-	rm -rf .venv $(DEMO) poc/work
+	rm -rf .venv $(DEMO) poc/federation

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "poc" / "work", help="made anew; everything goes there")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "poc" / "federation", help="made anew; everything goes there"
+    )
     parser.add_argument("--job", type=Path, default=ROOT / "jobs" / "ffe")
     options = parser.parse_args()
     end_on_signals()

@@ -113,3 +113,15 @@ def settings_of(site: str, folder: Path, **settings: Any) -> None:
     local = folder / site / "local"
     local.mkdir(parents=True, exist_ok=True)
     (local / "nnunet_flare.json").write_text(json.dumps(settings))
+
+
+def tiny_job(folder: Path, name: str, **federation: Any) -> Path:
+    """Export a job of one round on the demo data as it is submitted: without the marker of FLARE's simulator."""
+    from nnunet_flare.flare.config import FederationConfig
+    from nnunet_flare.nnunet.config import TrainingConfig
+    from nnunet_flare.recipe import FFERecipe
+
+    training = TrainingConfig(**TINY_TRAINING | {"dataset": "demo", "num_rounds": 1})
+    FFERecipe(name=name, training=training, federation=FederationConfig(**federation)).export(str(folder))
+    shutil.rmtree(folder / name / "app" / "custom")
+    return folder / name

@@ -112,7 +112,7 @@ def test_an_interrupted_proof_of_concept_leaves_no_process_behind(number: signal
 def test_make_poc_ends_with_fetched_results_and_no_process(tmp_path: Path):
     run_of_make = subprocess.run(["make", "poc"], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert run_of_make.returncode == 0, run_of_make.stdout[-3000:] + run_of_make.stderr[-3000:]
-    results = ROOT / "poc" / "work" / "results"
+    results = ROOT / "poc" / "federation" / "results"
     assert RunHistory.load(results).phase == "done"
     assert (results / "model" / "fold_0" / "checkpoint_final.pth").is_file()
-    assert processes_in(ROOT / "poc" / "work") == []
+    assert processes_in(ROOT / "poc" / "federation") == []

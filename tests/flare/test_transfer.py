@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -10,13 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 from nvflare.apis.signal import Signal
 
+from conftest import tiny_job
 from nnunet_flare.errors import UpdateError
 from nnunet_flare.flare import transfer
-from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.transfer import fetch_layers
-from nnunet_flare.nnunet.config import TrainingConfig
-from nnunet_flare.recipe import FFERecipe
 
 if TYPE_CHECKING:
     from local_federation import LocalFederation
@@ -67,19 +64,8 @@ def test_a_hospital_that_sends_more_than_its_layers_is_left_out_of_the_round(
     (tmp_path / "sitecustomize.py").write_text(SENDS_TOO_MUCH)
     federation.stop("hospital-c")
     federation.start("hospital-c", PYTHONPATH=str(tmp_path))
-    training = TrainingConfig(
-        configuration="2d",
-        num_rounds=1,
-        iterations_per_epoch=1,
-        val_iterations_per_epoch=1,
-        num_foreground_voxels=10_000,
-        plans_overrides={"batch_size": 2},
-    )
-    recipe = FFERecipe(name="too_much", training=training, federation=FederationConfig(min_sites=2))
-    recipe.export(str(tmp_path))
-    shutil.rmtree(tmp_path / "too_much" / "app" / "custom")
     try:
-        meta = federation.run_job(tmp_path / "too_much")
+        meta = federation.run_job(tiny_job(tmp_path, "too_much", min_sites=2))
     finally:
         federation.stop("hospital-c")
         federation.start("hospital-c")

@@ -115,3 +115,11 @@ def test_flares_own_check_with_our_list_refuses_the_same(path: str, tmp_path: Pa
     authorizer.authorize_component_config({"path": SERVER_CLASSES[0]})
     with pytest.raises(UnsafeComponentError, match="not in allow_list"):
         authorizer.authorize_component_config({"path": path})
+
+
+def test_an_app_that_cannot_be_looked_at_is_refused(app: Path, monkeypatch: pytest.MonkeyPatch):
+    def unreadable(folder: Path, pattern: str) -> None:
+        raise PermissionError(13, "Permission denied", "/site/secret")
+
+    monkeypatch.setattr(Path, "rglob", unreadable)
+    assert verdict(app) == "job: cannot be checked (PermissionError)"

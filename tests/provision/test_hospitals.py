@@ -11,12 +11,11 @@ import pytest
 import yaml
 
 from commands import run
+from conftest import tiny_job
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.flare.history import RunHistory
-from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.provision.ca import export_ca
 from nnunet_flare.provision.manifest import PROJECT, SITE, PolicyManifest
-from nnunet_flare.recipe import FFERecipe
 
 if TYPE_CHECKING:
     from local_federation import LocalFederation
@@ -88,17 +87,7 @@ def test_a_fourth_and_a_fifth_hospital_join_and_no_old_kit_changes(federation: L
         federation.adopt(kit)
         federation.start(kit.name)
     try:
-        training = TrainingConfig(
-            configuration="2d",
-            num_rounds=1,
-            iterations_per_epoch=1,
-            val_iterations_per_epoch=1,
-            num_foreground_voxels=10_000,
-            plans_overrides={"batch_size": 2},
-        )
-        FFERecipe(name="five", training=training).export(str(tmp_path))
-        shutil.rmtree(tmp_path / "five" / "app" / "custom")
-        assert federation.run_job(tmp_path / "five")["status"] == "FINISHED:COMPLETED"
+        assert federation.run_job(tiny_job(tmp_path, "five"))["status"] == "FINISHED:COMPLETED"
     finally:
         federation.stop("hospital-d", "hospital-e")
         with federation.session("project_admin") as session:

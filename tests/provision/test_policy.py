@@ -21,6 +21,7 @@ from nnunet_flare.provision.builder import install_policy
 from nnunet_flare.provision.guard import PolicyGuard
 from nnunet_flare.provision.manifest import PolicyManifest
 from nnunet_flare.provision.policy import READER_ROLES, SitePolicy, policy_files
+from nnunet_flare.provision.requests import RequestGate
 from nnunet_flare.recipe import JOBS
 
 LIKE_FLARES = {
@@ -197,3 +198,9 @@ def test_a_site_starts_with_its_policy_and_with_no_other(provisioned):
     (kit / "local" / "privacy.json").mkdir()
     with pytest.raises(UnsafeComponentError, match="directory"):
         start(kit)
+
+
+def test_a_site_whose_requests_cannot_be_gated_does_not_start():
+    """FLARE goes on after any other error of a component."""
+    with pytest.raises(UnsafeComponentError, match="request gate"):
+        RequestGate().handle_event(EventType.SYSTEM_BOOTSTRAP, FLContext())

@@ -43,6 +43,8 @@ class ApplicationValidator(AppValidator):
             self._check(Path(app_folder))
         except PolicyError as error:
             return str(error), {}
+        except Exception as error:  # what cannot be looked at is refused
+            return f"job: cannot be checked ({type(error).__name__})", {}
         return "", {}
 
     def _check(self, app: Path) -> None:

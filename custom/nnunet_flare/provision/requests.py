@@ -6,6 +6,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.fl_exception import UnsafeComponentError
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply
@@ -25,11 +26,17 @@ class RequestGate(FLComponent):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.SYSTEM_BOOTSTRAP:
-            processors = ClientRequestProcessors.request_processors
-            processors[:] = [item for item in processors if not isinstance(item, ShellCommandProcessor)]
-            cell = fl_ctx.get_prop(FLContextKey.SITE_OBJ).cell.core_cell
-            known = {FQCN.ROOT_SERVER, FQCN.get_root(cell.get_fqcn())}
-            cell.add_incoming_request_filter("*", "*", self._refuse_others, known=known)
+            try:
+                self._close(fl_ctx)
+            except Exception as error:  # FLARE logs any other kind, and starts
+                raise UnsafeComponentError(f"the request gate cannot be closed: {error!r}") from error
+
+    def _close(self, fl_ctx: FLContext) -> None:
+        processors = ClientRequestProcessors.request_processors
+        processors[:] = [item for item in processors if not isinstance(item, ShellCommandProcessor)]
+        cell = fl_ctx.get_prop(FLContextKey.SITE_OBJ).cell.core_cell
+        known = {FQCN.ROOT_SERVER, FQCN.get_root(cell.get_fqcn())}
+        cell.add_incoming_request_filter("*", "*", self._refuse_others, known=known)
 
     def _refuse_others(self, request: Message, known: set[str]) -> Message | None:
         origin = request.get_header(MessageHeaderKey.ORIGIN, "")
