@@ -8,6 +8,8 @@
     ├── UpdateError          a site's update is not finite or not what was asked for
     ├── StateError           run state on disk is locked, broken or of another run
     ├── PolicyError          a site's policy files are missing or not those that were installed
+    ├── EncryptionError      encrypted values, a key or a certificate are not those agreed on
+    ├── DecryptionError      a decrypted sum is not that of the sites named: its key is destroyed, the job ends
     ├── WorkerError          the nnU-Net process of a site died or misbehaved
     ├── ParticipationError   fewer sites answered than the job needs
     ├── UnreachableError     no answer from the FLARE server
@@ -26,6 +28,8 @@ from functools import partial
 __all__ = [
     "ConfigError",
     "DatasetError",
+    "DecryptionError",
+    "EncryptionError",
     "LayerMismatchError",
     "NNUNetFlareError",
     "ParticipationError",
@@ -108,6 +112,14 @@ class StateError(NNUNetFlareError):
 
 class PolicyError(NNUNetFlareError):
     code = "policy"
+
+
+class EncryptionError(NNUNetFlareError):
+    code = "encryption"
+
+
+class DecryptionError(NNUNetFlareError):
+    code = "decryption"
 
 
 class WorkerError(NNUNetFlareError):
