@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_flare.errors import DatasetError
-from nnunet_flare.fingerprint.grid import extent_grid, relative_size_grid, spacing_grid
+from nnunet_flare.fingerprint.grid import extent_grid, relative_size_grid, shape_grid, spacing_grid
 
 
 def point_of(grid, value):
@@ -29,13 +29,18 @@ def test_extents_stay_within_half_a_step(mm):
     assert point_of(extent_grid(), mm) == pytest.approx(mm, abs=1.001 * half_step)
 
 
+@given(st.integers(1, 2**24))
+def test_shapes_are_exact_up_to_4096_voxels(n):
+    assert point_of(shape_grid(), n) == pytest.approx(n, rel=0 if n <= 4096 else 0.34)
+
+
 @given(st.floats(1e-4, 1))
 def test_relative_sizes_never_cross_three_quarters(size):
     assert size - 1e-4 <= point_of(relative_size_grid(), size) <= size
     assert (point_of(relative_size_grid(), size) < 3 / 4) == (size < 3 / 4)
 
 
-@pytest.mark.parametrize("grid", [spacing_grid(), extent_grid(), relative_size_grid()])
+@pytest.mark.parametrize("grid", [spacing_grid(), extent_grid(), shape_grid(), relative_size_grid()])
 def test_points_ascend_and_each_stands_for_itself(grid):
     assert (np.diff(grid.points) > 0).all()
     assert (grid.count(grid.points) == 1).all()

@@ -1,4 +1,4 @@
-"""Public grids of millimetres and shares, on which every site counts its cases alike.
+"""Public grids of millimetres, voxels and shares, on which every site counts its cases alike.
 
 A value counts at a grid point, and the point stands for it afterwards. Points are decimal numbers as people write them
 (``7812 / 10000`` is the float of ``0.7812``), so that spacings such as 0.8 or 2.5 mm come back to the last bit.
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nnunet_flare.errors import DatasetError
 
-__all__ = ["Grid", "extent_grid", "relative_size_grid", "spacing_grid"]
+__all__ = ["Grid", "extent_grid", "relative_size_grid", "shape_grid", "spacing_grid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,19 @@ def extent_grid() -> Grid:
 
 
 @cache
+def shape_grid() -> Grid:
+    """Voxels along one axis: every number up to 4096, and coarser above."""
+    return _nearest("shape in voxels", _linear((0, 4096, 1), (4096, 2**16, 1 / 16), (2**16, 2**24, 1 / 2**16)))
+
+
+@cache
 def relative_size_grid() -> Grid:
     """1e-4 apart; rounded down, because nnU-Net asks whether the median is below 3/4."""
     points = _linear((0, 1, 10_000))
     return Grid(quantity="relative size after cropping", points=points, thresholds=points[1:])
 
 
-def _linear(*pieces: tuple[float, float, int]) -> NDArray[np.float64]:
+def _linear(*pieces: tuple[float, float, float]) -> NDArray[np.float64]:
     """Multiples of 1 / steps in (start, end], for each (start, end, steps per unit)."""
     return np.concatenate([np.arange(int(a * n) + 1, int(b * n) + 1) / n for a, b, n in pieces])
 

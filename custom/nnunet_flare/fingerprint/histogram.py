@@ -4,6 +4,7 @@ Encryption that adds gives the sum of the sites' vectors and nothing else. So ev
 places that are the same for everybody, and the sum is that of the pooled cases, whatever the partition:
 
     spacings, extents in mm     cases at each point of a grid, along each axis; pairs and cases are not linked
+    shapes in voxels            cases at each point of a grid, along each axis
     precision of spacings       cases with spacings of float32, as NIfTI stores them: if all, the points become float32
     sizes after cropping        cases at each point of a grid
     mean, standard deviation    moments as multiples of the smallest float64, without any loss
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from nnunet_flare.errors import DatasetError
 from nnunet_flare.fingerprint.buckets import BucketCounts
 from nnunet_flare.fingerprint.channel import ChannelSummary
-from nnunet_flare.fingerprint.grid import extent_grid, relative_size_grid, spacing_grid
+from nnunet_flare.fingerprint.grid import extent_grid, relative_size_grid, shape_grid, spacing_grid
 from nnunet_flare.fingerprint.pseudo_cases import pair
 from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.fingerprint.wire import refusal
@@ -71,6 +72,7 @@ def to_counts(summary: FingerprintSummary) -> NDArray[np.int64]:
     shapes, spacings = (np.array(part, dtype=np.float64) for part in zip(*summary.geometries, strict=True))
     parts = [spacing_grid().count(spacings[:, axis]) for axis in range(_AXES)]
     parts += [extent_grid().count(shapes[:, axis] * spacings[:, axis]) for axis in range(_AXES)]
+    parts += [shape_grid().count(shapes[:, axis]) for axis in range(_AXES)]
     parts += [np.array([(spacings == _as_float32(spacings)).all(axis=1).sum()])]
     parts += [relative_size_grid().count(np.maximum(summary.relative_sizes, relative_size_grid().points[0]))]
     return np.concatenate([*parts, *map(_channel_to_counts, summary.channels)])
@@ -79,8 +81,9 @@ def to_counts(summary: FingerprintSummary) -> NDArray[np.int64]:
 def from_counts(counts: NDArray[np.int64], *, num_channels: int) -> FingerprintSummary:
     """The summary of pseudo-cases for a sum of vectors of up to ``MAX_SITES`` sites.
 
-    Spacings, extents and relative sizes are those of the true cases, within their grids, in every rank; which of them
-    belong to one case is not known, see ``pseudo_cases``.
+    Spacings and relative sizes are those of the true cases, within their grids; extents and shapes are so in the
+    median: which of them belong to one case is not known, see ``pseudo_cases``. That all sites drew equally often per
+    case shows in the total at most: check it in the clear.
 
     Raises:
         UpdateError: the counts cannot be such a sum.
@@ -91,16 +94,20 @@ def from_counts(counts: NDArray[np.int64], *, num_channels: int) -> FingerprintS
     if counts.min() < 0 or counts.max() > MAX_SITES * _LARGEST_LIMB:
         raise refusal("counts", expected, "others")
     parts = _split(counts, num_channels)
-    spacings, extents = ([next(parts) for _ in range(_AXES)] for _ in range(2))
+    spacings, extents, shapes = ([next(parts) for _ in range(_AXES)] for _ in range(3))
     num_float32, relative_sizes = int(next(parts)[0]), next(parts)
-    totals = {int(histogram.sum()) for histogram in (*spacings, *extents, relative_sizes)}
+    totals = {int(histogram.sum()) for histogram in (*spacings, *extents, *shapes, relative_sizes)}
     num_cases = max(totals)
     if len(totals) > 1 or not max(1, num_float32) <= num_cases <= MAX_SITES * _LARGEST_LIMB:
         raise refusal("cases", "one positive number of cases along each axis and for relative sizes", "others")
     spacing_points = _as_float32(spacing_grid().points) if num_float32 == num_cases else spacing_grid().points
     axes = [
-        pair(np.repeat(spacing_points, spacing), np.repeat(extent_grid().points, extent))
-        for spacing, extent in zip(spacings, extents, strict=True)
+        pair(
+            np.repeat(spacing_points, spacing),
+            np.repeat(extent_grid().points, extent),
+            median_shape=float(np.median(np.repeat(shape_grid().points, shape))),
+        )
+        for spacing, extent, shape in zip(spacings, extents, shapes, strict=True)
     ]
     shapes_and_spacings = (np.stack(part, axis=1).tolist() for part in zip(*axes, strict=True))
     geometries = sorted(zip(*(map(tuple, part) for part in shapes_and_spacings), strict=True))
@@ -115,8 +122,8 @@ def from_counts(counts: NDArray[np.int64], *, num_channels: int) -> FingerprintS
 
 
 def _sizes(num_channels: int) -> list[int]:
-    grids = [len(spacing_grid())] * _AXES + [len(extent_grid())] * _AXES + [1, len(relative_size_grid())]
-    return grids + list(_CHANNEL_SIZES) * num_channels
+    by_axis = [len(grid) for grid in (spacing_grid(), extent_grid(), shape_grid()) for _ in range(_AXES)]
+    return by_axis + [1, len(relative_size_grid())] + list(_CHANNEL_SIZES) * num_channels
 
 
 def _split(counts: NDArray[np.int64], num_channels: int) -> Iterator[NDArray[np.int64]]:

@@ -1,15 +1,15 @@
 """Cases along one axis from which nnU-Net plans as from the true ones, made of unpaired spacings and extents.
 
 nnU-Net's planner reads shapes and spacings per axis: percentiles of the spacings, the median of
-``round(spacing / target * shape)``, which the extents decide, and the median of the shapes. The first is the same for
-every pairing of spacings with extents. The second is that of the true cases where the one or two cases in the middle
-have their true extent, and the others stay on their side. The third follows only as far as extents and spacings of one
-rank belong together: the planner takes it for a threshold (an axis with fewer than a third of the voxels of the others)
-and writes it down as ``original_median_shape_after_transp``.
+``round(spacing / target * shape)``, which the extents decide, and the median of the shapes, for a threshold (has an
+axis fewer than a third of the voxels of the others?). The first is the same for every pairing of spacings with extents.
+The second is that of the true cases if the one or two in the middle have their true extent and the others stay on
+their side. The third then follows from how many voxels the others have, which is free within their side.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import permutations
 
@@ -22,13 +22,14 @@ _ROUNDING = 1e-5  # of extents in mm and in voxels, where spacings are float32; 
 
 
 def pair(
-    spacings_mm: NDArray[np.float64], extents_mm: NDArray[np.float64]
+    spacings_mm: NDArray[np.float64], extents_mm: NDArray[np.float64], *, median_shape: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Shapes in voxels, and the spacing of each, for cases whose extents ascend.
 
     Args:
         spacings_mm: One per case, ascending.
         extents_mm: As many, ascending: spacing * shape of the true cases.
+        median_shape: Median of the shapes of the true cases.
     """
     first, last = (len(extents_mm) - 1) // 2, len(extents_mm) // 2
     partners = _cheapest_columns(
@@ -37,11 +38,23 @@ def pair(
     others = np.delete(spacings_mm, partners)
     spacings = np.concatenate([others[:first], spacings_mm[partners], others[first:]])
     shapes = np.maximum(np.round(extents_mm / spacings), 1)
-    low, high = (shapes[rank] * spacings[rank] for rank in (first, last))
-    below, above = slice(0, first), slice(last + 1, None)
-    shapes[below] = np.minimum(shapes[below], np.floor(low / spacings[below] + _ROUNDING))
-    shapes[above] = np.maximum(shapes[above], np.ceil(high / spacings[above] - _ROUNDING))
-    return np.maximum(shapes, 1).astype(np.int64), spacings
+    below, middle, above = shapes[:first], shapes[first : last + 1], shapes[last + 1 :]
+    most_below = np.floor(middle[0] * spacings[first] / spacings[:first] + _ROUNDING)
+    least_above = np.ceil(middle[-1] * spacings[last] / spacings[last + 1 :] - _ROUNDING)
+
+    def on_their_side(below: NDArray[np.float64] | int, above: NDArray[np.float64] | int) -> NDArray[np.float64]:
+        parts = (np.minimum(below, most_below), middle, np.maximum(above, least_above))
+        return np.concatenate(parts).clip(min=1)
+
+    def around(twice_shape: int) -> NDArray[np.float64]:
+        return on_their_side(twice_shape // 2, (twice_shape + 1) // 2)
+
+    shapes = on_their_side(below, above)
+    if np.median(shapes) != median_shape:
+        candidates = range(2, int(4 * median_shape) + 3)
+        index = bisect_left(candidates, median_shape, key=lambda twice_shape: float(np.median(around(twice_shape))))
+        shapes = around(candidates[min(index, len(candidates) - 1)])
+    return shapes.astype(np.int64), spacings
 
 
 def _costs_of_partners(spacings: NDArray[np.float64], extent: float, rank: int) -> NDArray[np.float64]:
