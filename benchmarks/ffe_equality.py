@@ -133,7 +133,7 @@ def copy_real_cases(raw: Path, arguments: argparse.Namespace) -> None:
         name = label.name.removesuffix(".nii.gz")
         (raw / "labelsTr" / label.name).symlink_to(label.absolute())
         (raw / "imagesTr" / f"{name}_0000.nii.gz").symlink_to((arguments.images / label.name).absolute())
-        highest = max(highest, int(SimpleITK.GetArrayViewFromImage(SimpleITK.ReadImage(str(label))).max()))
+        highest = max(highest, int(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(label))).max()))
     describe(raw, [arguments.channel], highest + 1, len(labels))
 
 
