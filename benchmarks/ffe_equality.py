@@ -6,6 +6,10 @@ The reference is plain nnU-Net, its own extractor and its own planner, on the po
 with the number of draws that nnU-Net takes from it in the pooled data set; the summaries are then dealt out to sites at
 random. The published way of merging (averages over sites, weighted by cases, of standard deviation, median,
 percentiles and median relative size) is computed from the same sites.
+
+The third column is planned from counts on public grids, summed over the sites. A sum does not depend on the partition,
+so here each partition is one of another pool, a random part of the cases, and the reference is the plan of its merged
+summary.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import random
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +30,10 @@ from typing import Any
 import numpy as np
 import SimpleITK
 
+from nnunet_flare.fingerprint.histogram import from_counts, num_counts, to_counts
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.nnunet.extract import extract_cases
+from nnunet_flare.nnunet.network_plan import network_plan
 from nnunet_flare.nnunet.plans import plan
 
 DATASET = "Dataset001_Pooled"
@@ -35,8 +42,12 @@ RELATIVE_SIZE = "median_relative_size_after_cropping"
 PERCENTILES = ("percentile_00_5", "median", "percentile_99_5")
 MOMENT_TOLERANCE = 1e-5  # nnU-Net takes mean and std of up to 1e8 draws in float32
 PERCENTILE_TOLERANCE = 1.01e-3
+SPACING_TOLERANCE_MM = 5.1e-5
+UNUSED_STATISTICS = ("min", "max")  # in the plans, but read by no normalization
+CONFIGURATIONS = ("2d", "3d_fullres")
 
 Plans = dict[str, Any]
+PlansAndReference = tuple[Plans, Plans]
 
 
 def main() -> None:
@@ -54,18 +65,36 @@ def main() -> None:
         summaries = [s for _, s in extract_cases(raw, num_draws=arguments.foreground_voxels // num_cases)]
         planned: dict[str, Plans] = {}
 
-        def plan_cached(fingerprint: Mapping[str, Any]) -> Plans:
-            key = json.dumps(fingerprint, sort_keys=True)
+        def plan_cached(fingerprint: Mapping[str, Any], num_training: int = num_cases) -> Plans:
+            key = json.dumps([num_training, fingerprint], sort_keys=True)
             if key not in planned:
-                planned[key] = plan(raw, fingerprint, num_training=num_cases, configuration="2d", overrides={})
+                planned[key] = plan(raw, fingerprint, num_training=num_training, configuration="2d", overrides={})
             return planned[key]
 
         partitions = [deal(summaries, rng) for _ in range(arguments.partitions)]
         ours = [plan_cached(merge_summaries(map(merge_summaries, sites)).to_nnunet()) for sites in partitions]
         num_plans = len(planned)
         theirs = [plan_cached(average_as_published(sites)) for sites in partitions]
-        print_table(reference, ours, theirs)
+        counted = []
+        for _ in partitions:
+            sites = [merge_summaries(site) for site in deal(draw_pool(summaries, rng), rng)]
+            pool, num_channels = merge_summaries(sites), len(sites[0].channels)
+            pseudo = from_counts(np.sum([to_counts(site) for site in sites], axis=0), num_channels=num_channels)
+            counted.append(
+                (
+                    plan_cached(pseudo.to_nnunet(), pseudo.num_training),
+                    plan_cached(pool.to_nnunet(), pool.num_training),
+                )
+            )
+        columns = {
+            "merged summaries": [(plans, reference) for plans in ours],
+            "as published": [(plans, reference) for plans in theirs],
+            "histogram": counted,
+        }
+        print_table(columns)
+        print_differences(counted)
         print(f"\n{num_cases} cases in 2 to 6 sites; {arguments.foreground_voxels} draws; seed {arguments.seed};")
+        print(f"histogram: {num_counts(num_channels)} counts per site, pools of a half to all of the cases;")
         print(f"{num_plans} distinct fingerprint(s) from merged summaries; {time.perf_counter() - start:.0f} s")
 
 
@@ -104,7 +133,7 @@ def copy_real_cases(raw: Path, arguments: argparse.Namespace) -> None:
         name = label.name.removesuffix(".nii.gz")
         (raw / "labelsTr" / label.name).symlink_to(label.absolute())
         (raw / "imagesTr" / f"{name}_0000.nii.gz").symlink_to((arguments.images / label.name).absolute())
-        highest = max(highest, int(SimpleITK.GetArrayViewFromImage(SimpleITK.ReadImage(str(label))).max()))
+        highest = max(highest, int(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(label))).max()))
     describe(raw, [arguments.channel], highest + 1, len(labels))
 
 
@@ -162,6 +191,10 @@ def deal(summaries: Sequence[FingerprintSummary], rng: random.Random) -> list[li
             return sites
 
 
+def draw_pool(summaries: Sequence[FingerprintSummary], rng: random.Random) -> list[FingerprintSummary]:
+    return rng.sample(summaries, rng.randint(max(len(summaries) // 2, 6), len(summaries)))
+
+
 def average_as_published(sites: Sequence[Sequence[FingerprintSummary]]) -> dict[str, Any]:
     """Concatenate shapes and spacings; average all other statistics, weighted by cases (extremes: of all)."""
     fingerprints = [merge_summaries(site).to_nnunet() for site in sites]
@@ -178,38 +211,94 @@ def average_as_published(sites: Sequence[Sequence[FingerprintSummary]]) -> dict[
     return merged
 
 
-def print_table(reference: Plans, ours: Sequence[Plans], theirs: Sequence[Plans]) -> None:
-    print(f"{'':64}{'merged summaries':>18}{'as published':>15}")
+def print_table(columns: Mapping[str, Sequence[PlansAndReference]]) -> None:
+    print(" " * 64 + "".join(f"{title:>18}" for title in columns))
 
-    def row(title: str, measure: Callable[[Plans], bool | float]) -> None:
+    def row(title: str, measure: Callable[[Plans, Plans], bool | float]) -> None:
         cells = []
-        for results in (ours, theirs):
-            values = [measure(plans) for plans in results]
+        for results in columns.values():
+            values = [measure(plans, reference) for plans, reference in results]
             cells.append(f"{sum(values)} of {len(values)}" if type(values[0]) is bool else f"{max(values):.1e}")
-        print(f"{title:64}{cells[0]:>18}{cells[1]:>15}")
+        print(f"{title:64}" + "".join(f"{cell:>18}" for cell in cells))
 
-    def worst(names: Sequence[str]) -> Callable[[Plans], float]:
-        return lambda plans: max(error for name, error in relative_errors(plans, reference) if name in names)
+    def worst(names: Sequence[str]) -> Callable[[Plans, Plans], float]:
+        return lambda plans, reference: max(e for name, e in relative_errors(plans, reference) if name in names)
 
-    def structure_equal(plans: Plans) -> bool:
+    def structure_equal(plans: Plans, reference: Plans) -> bool:
         return without_intensities(plans) == without_intensities(reference)
 
-    def equal(plans: Plans) -> bool:
-        moments, extremes = worst(("mean", "std"))(plans), worst(("min", "max"))(plans)
-        return structure_equal(plans) and moments <= MOMENT_TOLERANCE and extremes == 0
+    def equal(plans: Plans, reference: Plans) -> bool:
+        moments, extremes = worst(("mean", "std"))(plans, reference), worst(("min", "max"))(plans, reference)
+        return structure_equal(plans, reference) and moments <= MOMENT_TOLERANCE and extremes == 0
 
     row("equal plan (every key but dataset_name and percentiles)", equal)
     row("  of these: keys that are no intensities, to the last bit", structure_equal)
     row(
         f"  percentiles within {PERCENTILE_TOLERANCE:.1e}",
-        lambda plans: worst(PERCENTILES)(plans) <= PERCENTILE_TOLERANCE,
+        lambda *pair: worst(PERCENTILES)(*pair) <= PERCENTILE_TOLERANCE,
     )
+    for name in CONFIGURATIONS:
+        row(f"equal network plan, {name}", lambda *pair, c=name: same_network(*pair, c))
+        row(f"  and equal patch, batch and median size, {name}", lambda *pair, c=name: same_settings(*pair, c))
     row("worst relative error of mean", worst(["mean"]))
     row("worst relative error of std", worst(["std"]))
     row("worst relative error of minimum and maximum", worst(["min", "max"]))
     for name in PERCENTILES:
         row(f"worst relative error of {name}", worst([name]))
     print(f"\nmean and std count as equal within {MOMENT_TOLERANCE:.0e}: nnU-Net sums its draws in float32.")
+    print("network plan: what sites of one network must share; equal but for minimum and maximum, which no")
+    print(f"normalization reads, with spacings within {SPACING_TOLERANCE_MM:.1e} mm and intensities as above.")
+
+
+def same_network(plans: Plans, reference: Plans, configuration: str) -> bool:
+    if (configuration in plans["configurations"]) != (configuration in reference["configurations"]):
+        return False
+    if configuration not in plans["configurations"]:
+        return True
+    ours, theirs = (network_plan(some, configuration) for some in (plans, reference))
+    return ours.keys() == theirs.keys() and all(same_value(key, ours[key], theirs[key]) for key in ours)
+
+
+def same_settings(plans: Plans, reference: Plans, configuration: str) -> bool:
+    ours, theirs = (dict(some["configurations"].get(configuration, {})) for some in (plans, reference))
+    ours.pop("spacing", None), theirs.pop("spacing", None)
+    return same_network(plans, reference, configuration) and ours == theirs
+
+
+def same_value(key: str, value: Any, expected: Any) -> bool:
+    name = key.rpartition(".")[2]
+    if value == expected or (key.startswith(INTENSITIES) and name in UNUSED_STATISTICS):
+        return True
+    if key == "spacing":
+        return bool(np.allclose(value, expected, rtol=0, atol=SPACING_TOLERANCE_MM))
+    if key.startswith(INTENSITIES):
+        tolerance = PERCENTILE_TOLERANCE if name in PERCENTILES else MOMENT_TOLERANCE
+        return bool(abs(value - expected) <= tolerance * abs(expected))
+    return False
+
+
+def print_differences(results: Sequence[PlansAndReference]) -> None:
+    """Each key in which a plan from counts differs from its reference, in how many plans and by how much."""
+    differences: dict[str, list[Any]] = defaultdict(list)
+    for plans, reference in results:
+        ours, theirs = (dict(flatten(some)) for some in (plans, reference))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                differences[key].append((ours.get(key), theirs.get(key)))
+    print(f"\nkeys that differ from the plan of the pool, of {len(results)} plans from counts:")
+    for key, pairs in differences.items():
+        arrays = [tuple(map(np.atleast_1d, pair)) for pair in pairs]
+        comparable = all(a.shape == b.shape and a.dtype.kind in "if" and b.dtype.kind in "if" for a, b in arrays)
+        size = f"by up to {max(np.abs(a - b).max() for a, b in arrays):.1e}" if comparable else f"such as {pairs[0]}"
+        print(f"  {key:90}{len(pairs):>4}  {size}")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def relative_errors(plans: Plans, reference: Plans) -> Iterator[tuple[str, float]]:

@@ -82,6 +82,11 @@ def test_constant_intensities_have_no_spread_and_exact_percentiles():
     assert statistics["percentile_00_5"] == statistics["median"] == statistics["percentile_99_5"] == 0.1
 
 
+def test_intensities_whose_squares_underflow_survive_the_wire():
+    summary = FingerprintSummary.from_cases([case([0, 0, 3e-209]), case([1e-160, 1e-160, 1e-160])])
+    assert FingerprintSummary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
+
+
 def test_the_order_of_cases_does_not_show():
     a, b = case([1], shape=(9, 9, 9), relative_size=0.9), case([2], relative_size=0.2)
     assert FingerprintSummary.from_cases([a, b]).to_json() == FingerprintSummary.from_cases([b, a]).to_json()

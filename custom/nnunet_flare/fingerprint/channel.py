@@ -17,6 +17,7 @@ from nnunet_flare.fingerprint.wire import finite_number, fraction, kind, object_
 __all__ = ["ChannelSummary"]
 
 _ROUNDING = Fraction(1, 10**9)
+_UNDERFLOW = Fraction(1, 2**1000)  # squares that small lose their digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,8 @@ class ChannelSummary:
         minimum, maximum = (finite_number(values[name], name) for name in ("minimum", "maximum"))
         if not buckets.total or buckets.total % num_cases:
             raise refusal("buckets", "equally many draws from every case", "a total that the cases do not divide")
-        if mean_square_sum * num_cases * (1 + _ROUNDING) < mean_sum**2 or minimum > maximum:
+        largest_square_sum = mean_square_sum * (1 + _ROUNDING) + num_cases * _UNDERFLOW
+        if largest_square_sum * num_cases < mean_sum**2 or minimum > maximum:
             raise refusal("mean_square_sum", "moments and limits of one distribution", "impossible ones")
         return cls(
             num_cases=num_cases,
