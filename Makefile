@@ -20,7 +20,7 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p nnunet_flare.errors -p nnunet_flare.storage -p nnunet_flare.fingerprint -p nnunet_flare.aggregation
+	$(BIN)/mypy -p nnunet_flare.errors -p nnunet_flare.storage -p nnunet_flare.fingerprint -p nnunet_flare.aggregation -p nnunet_flare.encryption
 	$(BIN)/lint-imports
 
 bench: .venv/installed  ## minutes; see benchmarks/README.md

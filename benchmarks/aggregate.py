@@ -40,7 +40,7 @@ from nnunet_flare.flare.conductor import Conductor
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.ffe import FFEController
 from nnunet_flare.flare.protocol import TRAIN, Message, read_message
-from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
+from nnunet_flare.flare.rounds import AveragingRounds, PlainAverage, SiteShare
 from nnunet_flare.nnunet.config import TrainingConfig
 
 SHAPES, SERVER_FILE = "shapes.json", "server.json"
@@ -192,7 +192,7 @@ class TrainRounds(FFEController):
     def rounds(self, shares: Mapping[str, SiteShare], fl_ctx: FLContext, abort_signal: Signal) -> AveragingRounds:
         federation = FederationConfig(min_sites=len(shares))
         conductor = Conductor(self, federation, fl_ctx, abort_signal, print)
-        return AveragingRounds(conductor=conductor, config=TrainingConfig(), shares=shares, min_cohort=1)
+        return AveragingRounds(conductor=conductor, shares=shares, aggregation=PlainAverage(TrainingConfig(), shares, 1))
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Nothing of the run folder is written here."""

@@ -6,6 +6,7 @@ Messages still go through FLARE's serialization (FOBS), so that nothing passes h
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from nvflare.private.fed.utils.fed_utils import nvflare_fobs_initialize
 from nnunet_flare.flare.controller import FederatedTraining
 from nnunet_flare.flare.executor import NNUNetExecutor
 from nnunet_flare.flare.ffe import FFEController
+from nnunet_flare.flare.filters import BFVDecryptFilter, BFVEncryptFilter
 from nnunet_flare.flare.series import in_series
 
 nvflare_fobs_initialize()
@@ -40,12 +42,14 @@ class Loopback:
         tamper: Called with site, task name and reply; what it returns arrives instead, None never arrives.
 
     With ``job_folder``, where FLARE would keep a submitted job, jobs count as submitted, and as ones of ``series``.
+    Sites in ``policy_filters`` have the filters of encryption whatever the job says.
     """
 
     def __init__(self, folder: Path, sites: tuple[str, ...], tamper: Tamper = lambda site, task, reply: reply) -> None:
         self.folder, self.sites, self.tamper = folder, sites, tamper
         self.job_folder: Path | None = None
         self.series = ""
+        self.policy_filters: set[str] = set()
         self.panics: list[str] = []
         self.scalars: dict[str, list[float]] = {}
         self.sent: list[tuple[str, str, bytes, bytes]] = []
@@ -57,10 +61,11 @@ class Loopback:
         federation: dict | None = None,
         sharing: Any = None,
         kind: type[FederatedTraining] = FFEController,
+        encryption: dict | None = None,
     ) -> FederatedTraining:
         """One submission of the job; ``panics`` then holds why it failed, if it did."""
         self.panics.clear()
-        controller = kind(run, training, federation, sharing)
+        controller = kind(run, training, federation, sharing, encryption)
         executors = {site: NNUNetExecutor() for site in self.sites}
         abort = Signal()
 
@@ -76,7 +81,16 @@ class Loopback:
 
         def work(task, site):
             request = fobs.dumps(task.data)
-            reply = executors[site].execute(task.name, fobs.loads(request), self._context(site), abort)
+            context = self._context(site)
+            context.set_prop(FLContextKey.TASK_NAME, task.name, private=True, sticky=False)
+            context.set_prop(FLContextKey.TASK_ID, str(uuid.uuid4()), private=True, sticky=False)
+            data = fobs.loads(request)
+            filters = [site in self.policy_filters, encryption is not None]  # the site's own, then those of the job
+            for _ in filter(None, filters):
+                data = BFVDecryptFilter().process(data, context)
+            reply = executors[site].execute(task.name, data, context, abort)
+            for _ in filter(None, filters):
+                reply = BFVEncryptFilter().process(reply, context)
             answer = fobs.dumps(reply)
             self.sent.append((site, task.name, request, answer))
             arrived = self.tamper(site, task.name, fobs.loads(answer))

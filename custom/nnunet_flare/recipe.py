@@ -11,15 +11,17 @@ from pathlib import Path
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
 from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
+from nvflare.job_config.defs import FilterType
 from nvflare.recipe.spec import Recipe
 
 from nnunet_flare.aggregation.sharing import SharingConfig
 from nnunet_flare.flare.asym import AsymFedAvgController
-from nnunet_flare.flare.config import FederationConfig
+from nnunet_flare.flare.config import EncryptionConfig, FederationConfig
 from nnunet_flare.flare.controller import TENSORBOARD_FOLDER, FederatedTraining
 from nnunet_flare.flare.executor import NNUNetExecutor
 from nnunet_flare.flare.ffe import FFEController
-from nnunet_flare.flare.protocol import TASKS
+from nnunet_flare.flare.filters import BFVDecryptFilter, BFVEncryptFilter
+from nnunet_flare.flare.protocol import KEY_TASKS, TASKS
 from nnunet_flare.nnunet.config import TrainingConfig
 
 __all__ = ["JOBS", "AsymFedAvgRecipe", "FFERecipe", "FederatedTrainingRecipe"]
@@ -37,7 +39,9 @@ _MARKER = Path(__file__).parent / "job_marker" / "README"
 class FederatedTrainingRecipe(Recipe):
     """What every job of this package consists of, around its controller."""
 
-    def __init__(self, name: str, controller: FederatedTraining, federation: FederationConfig) -> None:
+    def __init__(
+        self, name: str, controller: FederatedTraining, federation: FederationConfig, *, encrypted: bool
+    ) -> None:
         meta = None
         if gpus := federation.num_gpus:
             meta = {"launcher_spec": {"default": {"k8s": {"num_of_gpus": gpus}, "slurm": {"gpus_per_node": gpus}}}}
@@ -47,7 +51,11 @@ class FederatedTrainingRecipe(Recipe):
         job.to_server(controller)
         job.to_server(TBAnalyticsReceiver(tb_folder=TENSORBOARD_FOLDER, events=[ANALYTIC_EVENT_TYPE]), id="tensorboard")
         job.to_clients(_CLIENT_PARAMETERS)
-        job.to_clients(NNUNetExecutor(), tasks=list(TASKS))
+        tasks = list(TASKS + KEY_TASKS if encrypted else TASKS)
+        job.to_clients(NNUNetExecutor(), tasks=tasks)
+        if encrypted:  # every task by its name: FLARE takes "*" for the name of a task
+            job.to_clients(BFVDecryptFilter(), filter_type=FilterType.TASK_DATA, tasks=tasks)
+            job.to_clients(BFVEncryptFilter(), filter_type=FilterType.TASK_RESULT, tasks=tasks)
         job.add_file_to_clients(str(_MARKER))
         super().__init__(job)
 
@@ -60,6 +68,7 @@ class FFERecipe(FederatedTrainingRecipe):
         training: What is trained.
         federation: Whom the server waits for, and how long.
         keep_local: Layers that stay at their site, as in ``SharingConfig``.
+        encryption: How sums are encrypted (``jobs/ffe_he``); None leaves them in clear text.
     """
 
     def __init__(
@@ -69,10 +78,16 @@ class FFERecipe(FederatedTrainingRecipe):
         training: TrainingConfig | None = None,
         federation: FederationConfig | None = None,
         keep_local: Sequence[str] = (),
+        encryption: EncryptionConfig | None = None,
     ) -> None:
         training, federation = training or TrainingConfig(), federation or FederationConfig()
         settings = training.changes() or None, federation.changes() or None
-        super().__init__(name, FFEController(name, *settings, list(keep_local) or None), federation)
+        super().__init__(
+            name,
+            FFEController(name, *settings, list(keep_local) or None, encryption and encryption.to_json()),
+            federation,
+            encrypted=bool(encryption),
+        )
 
 
 class AsymFedAvgRecipe(FederatedTrainingRecipe):
@@ -83,6 +98,7 @@ class AsymFedAvgRecipe(FederatedTrainingRecipe):
         training: What is trained.
         federation: Whom the server waits for, and how long.
         sharing: Which layers the sites share.
+        encryption: How sums are encrypted (``jobs/asym_fedavg_he``); None leaves them in clear text.
     """
 
     def __init__(
@@ -92,11 +108,17 @@ class AsymFedAvgRecipe(FederatedTrainingRecipe):
         training: TrainingConfig | None = None,
         federation: FederationConfig | None = None,
         sharing: SharingConfig | None = None,
+        encryption: EncryptionConfig | None = None,
     ) -> None:
         training, federation = training or TrainingConfig(), federation or FederationConfig()
         settings = training.changes() or None, federation.changes() or None
         sharing = sharing or SharingConfig()
-        super().__init__(name, AsymFedAvgController(name, *settings, sharing.changes() or None), federation)
+        super().__init__(
+            name,
+            AsymFedAvgController(name, *settings, sharing.changes() or None, encryption and encryption.to_json()),
+            federation,
+            encrypted=bool(encryption),
+        )
 
 
 def demo_training() -> TrainingConfig:
@@ -124,7 +146,11 @@ def mixed_demo_training() -> TrainingConfig:
 
 JOBS = {
     "ffe": lambda: FFERecipe(training=demo_training()),
+    "ffe_he": lambda: FFERecipe(name="ffe_he", training=demo_training(), encryption=EncryptionConfig()),
     "asym_fedavg": lambda: AsymFedAvgRecipe(training=mixed_demo_training()),
+    "asym_fedavg_he": lambda: AsymFedAvgRecipe(
+        name="asym_fedavg_he", training=mixed_demo_training(), encryption=EncryptionConfig()
+    ),
 }
 """Committed job folder -> recipe."""
 

@@ -199,6 +199,10 @@ class Sharing:
         """Layer name at ``site`` -> name of its value at the server, for every layer that the site shares."""
         return {name: key for block in self._blocks_of(site) for name, key in block.server_names().items()}
 
+    def sizes(self) -> dict[str, int]:
+        """Server's name of each layer that travels -> number of its values."""
+        return {key: block.layers[name].size for block in self.blocks for name, key in block.server_names().items()}
+
     def donors(self, present: Collection[str]) -> dict[str, dict[str, str]]:
         """Site -> (layer name -> server's name) of the layers whose initial values its architecture gives.
 

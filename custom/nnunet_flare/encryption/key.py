@@ -41,9 +41,7 @@ class AggregationKey:
     def new(cls, parameters: Parameters) -> AggregationKey:
         """Drawn from the operating system's randomness."""
         secret = Cipher(parameters).key
-        return cls(
-            id=secrets.token_hex(16), parameters=parameters, secret=secret, mark_key=secrets.token_bytes(32)
-        )
+        return cls(id=secrets.token_hex(16), parameters=parameters, secret=secret, mark_key=secrets.token_bytes(32))
 
     @cached_property
     def cipher(self) -> Cipher:

@@ -1,7 +1,7 @@
 """Parameters of the BFV scheme (Brakerski 2012; Fan and Vercauteren, ePrint 2012/144), and how many sites they bear.
 
 Ring degree 4096, ciphertext modulus of one 60-bit prime (a second one of 40 bits belongs to SEAL's key switching,
-which is never used), ternary secret, noise of standard deviation 3.2. The security standard of HomomorphicEncryption.org
+which is never used), ternary secret, noise of standard deviation 3.2. The standard of HomomorphicEncryption.org
 (2018, table 1) allows 109 bits of modulus at this degree for 128 bits of security; these are 100.
 
 Only fresh ciphertexts are added, one of each site. Noise of a fresh one is at most 21, so that decryption of a sum of K

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nnunet_flare.encryption.bfv import FRESH_BYTES, SUM_BYTES, Adder, check_coefficients
 from nnunet_flare.encryption.fixed_point import FixedPoint
 from nnunet_flare.encryption.key import AggregationKey
-from nnunet_flare.encryption.parameters import PARAMETERS, Parameters
+from nnunet_flare.encryption.parameters import Parameters
 from nnunet_flare.errors import DecryptionError, EncryptionError
 
 __all__ = [
@@ -210,9 +210,7 @@ def encrypt_vector(
             raise _refusal(f"layer {name}", f"shape {shape}", "no such layer" if found is None else f"{found}", site)
         if not np.isfinite(layers[name]).all():
             raise _refusal(f"layer {name}", "finite values", "NaN or infinity", site)
-    header = VectorHeader(
-        parameters=parameters.id, key=key.id, layout=layout.digest, round=round_number, sites=(site,)
-    )
+    header = VectorHeader(parameters=parameters.id, key=key.id, layout=layout.digest, round=round_number, sites=(site,))
     lengths = layout.chunk_lengths(parameters)
     marks, share, quantisation = key.marks(header.label(site), sum(lengths)).tolist(), layout.share((site,)), []
     chunks = [np.empty((length, FRESH_BYTES), np.uint8) for length in lengths]
@@ -290,7 +288,7 @@ class EncryptedSum:
 def decrypt_vector(
     vector: EncryptedVector, layout: VectorLayout, key: AggregationKey, *, round_number: int, least_sites: int
 ) -> dict[str, NDArray[Any]]:
-    """The layers of a sum: float32 means over the sites in it, or int64 sums where the layout has integers.
+    """The layers of a sum: float32 means over the sites in it, or whole float64 sums where the layout has integers.
 
     Args:
         vector: From the server.
@@ -312,7 +310,7 @@ def decrypt_vector(
         wanted = f"at least {max(least_sites, 2)} different sites of the group"
         raise _refusal("sites in the sum", wanted, ", ".join(sites), "server")
     vector.check_chunks(layout, parameters, site="server")
-    values = np.empty(layout.size, np.int64 if layout.max_abs is None else np.float32)
+    values = np.empty(layout.size, np.float64 if layout.max_abs is None else np.float32)
     marks = sum(key.marks(expected.label(site), sum(layout.chunk_lengths(parameters))) for site in sites)
     share, length = layout.share(sites), parameters.values_per_ciphertext
     for index, record in enumerate(record for chunk in vector.chunks for record in chunk):

@@ -26,6 +26,7 @@ class AsymFedAvgController(FederatedTraining):
         training: Settings of ``TrainingConfig`` that differ from its defaults.
         federation: Settings of ``FederationConfig`` that differ from its defaults.
         sharing: Settings of ``SharingConfig`` that differ from its defaults.
+        encryption: Settings of ``EncryptionConfig``; None adds in clear text.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class AsymFedAvgController(FederatedTraining):
         training: dict[str, Any] | None = None,
         federation: dict[str, Any] | None = None,
         sharing: dict[str, Any] | None = None,
+        encryption: dict[str, Any] | None = None,
     ) -> None:
         self.sharing = sharing
-        super().__init__(run, training, federation, SharingConfig.from_json(sharing or {}))
+        super().__init__(run, training, federation, SharingConfig.from_json(sharing or {}), encryption)
 
     def _check_schemas(self) -> None:
         check_labels_agree(self._schemas)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from nvflare.apis.controller_spec import ClientTask, Task, TaskCompletionStatus
@@ -20,7 +20,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.fuel.f3.cellnet.defs import CellChannel
 
-from nnunet_flare.errors import NNUNetFlareError, ParticipationError
+from nnunet_flare.errors import DecryptionError, NNUNetFlareError, ParticipationError
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.flare.protocol import Message, read_message
 from nnunet_flare.flare.transfer import fetch_layers
@@ -70,15 +70,26 @@ class Conductor:
         self._controller, self._config, self._fl_ctx, self._say = controller, config, fl_ctx, say
         self.abort_signal, self.min_sites = abort_signal, config.min_sites or 1
 
-    def ask_every(self, requests: Requests) -> dict[str, Message]:
-        """Ask for something that every site must deliver, within the deadline of a phase.
+    def ask_every(
+        self,
+        requests: Requests,
+        accept: Callable[[str, Message], None] = lambda site, reply: None,
+        *,
+        layer_bytes: Mapping[str, int] | None = None,
+    ) -> dict[str, Message]:
+        """Ask for something that every site must deliver, within the deadline of a phase (``ask``).
 
         Raises:
             NNUNetFlareError: the first site's error; all of them are in the server's log.
             RunStoppedError: the job was aborted.
         """
         replies: dict[str, Message] = {}
-        outcome = self.ask(requests, replies.__setitem__)
+
+        def take(site: str, reply: Message) -> None:
+            accept(site, reply)
+            replies[site] = replace(reply, layers={})
+
+        outcome = self.ask(requests, take, layer_bytes=layer_bytes)
         for site in sorted(outcome.failures):
             self._say(f"{requests[site][0]}: {outcome.failures[site]}")
         if outcome.failures:
@@ -118,6 +129,7 @@ class Conductor:
             within_round: The deadline is that of a round; a site that has not answered by then is a failure.
 
         Raises:
+            DecryptionError: a site could not trust a sum; no other failure of a site ends more than its part.
             RunStoppedError: the job was aborted.
         """
         config, fl_ctx, abort_signal = self._config, self._fl_ctx, self.abort_signal
@@ -168,6 +180,9 @@ class Conductor:
             if site not in outcome.seconds and site not in outcome.failures:
                 outcome.failures[site] = _silent(site, task.name, task.completion_status, timeout_s)
         gc.collect()  # and so do some of its replies
+        for error in outcome.failures.values():
+            if isinstance(error, DecryptionError):
+                raise error
         return outcome
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from nnunet_flare.encryption.vector import RANGES
 from nnunet_flare.errors import ConfigError
 
-__all__ = ["FederationConfig"]
+__all__ = ["EncryptionConfig", "FederationConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +46,55 @@ class FederationConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> FederationConfig:
-        known = {item.name for item in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(
-                field="federation settings",
-                expected=f"settings among {', '.join(sorted(known))}",
-                found=", ".join(unknown),
-                remedy="correct the spelling in the job",
-            )
+        _check_known(cls, "federation", values)
         return cls(**values)
 
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the defaults: what a job file states."""
         return {name: value for name, value in asdict(self).items() if value != getattr(FederationConfig(), name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncryptionConfig:
+    """How sums are encrypted.
+
+    Args:
+        key_holder: The hospital that makes the key; None is the first in alphabetical order that trains.
+        max_abs_weight: Weights beyond it are clipped: 4, or 8 at half the precision.
+    """
+
+    key_holder: str | None = None
+    max_abs_weight: float = RANGES[0]
+
+    def __post_init__(self) -> None:
+        rules = {
+            "key_holder": (self.key_holder is None or isinstance(self.key_holder, str), "the name of a site"),
+            "max_abs_weight": (self.max_abs_weight in RANGES, f"one of {', '.join(map(str, RANGES))}"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ConfigError(
+                    field=f"encryption: {name}",
+                    expected=expected,
+                    found=repr(getattr(self, name)),
+                    remedy="correct the job's encryption settings",
+                )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EncryptionConfig:
+        _check_known(cls, "encryption", values)
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _check_known(kind: type, what: str, values: Mapping[str, Any]) -> None:
+    known = {item.name for item in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(
+            field=f"{what} settings",
+            expected=f"settings among {', '.join(sorted(known))}",
+            found=", ".join(unknown),
+            remedy="correct the spelling in the job",
+        )

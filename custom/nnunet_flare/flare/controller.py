@@ -8,7 +8,8 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,25 @@ from nvflare.widgets.info_collector import InfoCollector
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.network import Network
 from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
-from nnunet_flare.errors import ConfigError, LayerMismatchError, NNUNetFlareError, ParticipationError
+from nnunet_flare.encryption.parameters import PARAMETERS, Parameters
+from nnunet_flare.errors import (
+    ConfigError,
+    DecryptionError,
+    LayerMismatchError,
+    NNUNetFlareError,
+    ParticipationError,
+)
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.conductor import Conductor, RunStoppedError
-from nnunet_flare.flare.config import FederationConfig
+from nnunet_flare.flare.config import EncryptionConfig, FederationConfig
 from nnunet_flare.flare.coverage import COVERAGE_FILE, COVERAGE_PICTURE, report_coverage
 from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
+from nnunet_flare.flare.encrypted import EncryptedAverage, agree_on_key, cohorts_of
 from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, check_versions
 from nnunet_flare.flare.results import PROGRESS, leave_results, reason_of
-from nnunet_flare.flare.rounds import AveragingRounds, SiteShare
+from nnunet_flare.flare.rounds import Aggregation, AveragingRounds, PlainAverage, SiteShare
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.flare.scoring import Scoring
 from nnunet_flare.flare.series import series_of
@@ -49,7 +58,7 @@ __all__ = ["FederatedTraining"]
 
 SERVER = "server"
 TENSORBOARD_FOLDER = "tb_events"
-SHARING_FILE = "sharing.json"
+SHARING_FILE, KEY_FILE = "sharing.json", "encryption.json"
 _STOPPED = "the job was stopped; submit it again to continue the run"
 ARTIFACTS = {
     "model": "model",
@@ -75,16 +84,29 @@ class FederatedTraining(Controller, ABC):
         training: Settings of ``TrainingConfig`` that differ from its defaults.
         federation: Settings of ``FederationConfig`` that differ from its defaults.
         sharing: Which layers the sites share.
+        encryption: Settings of ``EncryptionConfig``; None adds in clear text.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or does not go with encryption.
     """
 
     def __init__(
-        self, run: str, training: dict[str, Any] | None, federation: dict[str, Any] | None, sharing: SharingConfig
+        self,
+        run: str,
+        training: dict[str, Any] | None,
+        federation: dict[str, Any] | None,
+        sharing: SharingConfig,
+        encryption: dict[str, Any] | None,
     ) -> None:
         super().__init__()
-        self.run, self.training, self.federation = run, training, federation
+        self.run, self.training, self.federation, self.encryption = run, training, federation, encryption
         self._config = TrainingConfig.from_json(training or {})
         self._federation = FederationConfig.from_json(federation or {})
         self._sharing_config = sharing
+        self._encryption = None if encryption is None else EncryptionConfig.from_json(encryption)
+        if self._encryption:
+            _check_goes_with_encryption(self._config, self._federation)
+            self._config = replace(self._config, update="weights")
         self._sites: dict[str, str] = {}
 
     def start_controller(self, fl_ctx: FLContext) -> None:
@@ -127,6 +149,8 @@ class FederatedTraining(Controller, ABC):
             else:
                 reason = reason_of(error)
                 self._fail(reason)
+                if isinstance(reason, DecryptionError):
+                    self._forget_keys()
             try:
                 self._leave_results(run, reason)
             except OSError as unwritten:
@@ -144,11 +168,13 @@ class FederatedTraining(Controller, ABC):
         if not self._fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
             workspace = self._fl_ctx.get_engine().get_workspace()
             job_folder = Path(workspace.get_run_dir(self._fl_ctx.get_job_id()))
-            leave_results(run, job_folder, error, with_weights=with_weights)
+            leave_results(run, job_folder, error, with_weights=with_weights and not self._encryption)
 
     def _open(self, run: RunFolder, settings: SiteSettings) -> None:
         identity = {name: value for name, value in self._config.to_json().items() if name != "stop_after"}
         identity |= self._sharing_config.to_json()
+        if self._encryption:
+            identity |= {"encryption": self._encryption.to_json()}
         self._run, self._settings = run, settings
         if not run.path.exists():
             self._pretrained()  # a new run with a misspelt checkpoint ends before it is one
@@ -219,6 +245,8 @@ class FederatedTraining(Controller, ABC):
                 remedy="correct the job's settings: this job has no such phase",
             )
         self._describe()
+        if self._encryption:
+            self._agree_on_key()
         for stage, phase in planning:
             self._note(phase=stage)
             phase()
@@ -238,6 +266,8 @@ class FederatedTraining(Controller, ABC):
             self._score(layers)
             self._note(phase="done")
             self._say(f"done: {self._record}")
+        if self._encryption:
+            self._forget_keys()
         return True
 
     def _stops_after(self, stage: str) -> bool:
@@ -262,6 +292,8 @@ class FederatedTraining(Controller, ABC):
         if self._run.has_weights():
             self._sharing = Sharing.from_json(read_json(self._folder / SHARING_FILE))
         members = {*self._training_sites, *(self._sharing.networks if self._sharing else ())}
+        if self._encryption:
+            self._check_sums_are_large_enough(members, described)
         self._conductor.min_sites = max(self._federation.min_sites or len(members), self._sharing_config.min_cohort)
         absent = {site: _absent(site) for site in sorted(members - set(self._training_sites))}
         self._conductor.require(len(self._training_sites), "sites that train", absent)
@@ -270,6 +302,51 @@ class FederatedTraining(Controller, ABC):
         self._say(f"run {self.run}: {len(self._sites)} sites ({cases})")
         if len(self._training_sites) == 1:
             self._say("only one site trains: this is no federation; set min_sites to wait for the others")
+
+    def _check_sums_are_large_enough(self, members: Collection[str], described: Mapping[str, SiteDescription]) -> None:
+        """No group has fewer sites than each of them demands; and no more than the scheme bears."""
+        least = max(description.min_sites_in_sum for description in described.values())
+        if len(members) < least:
+            raise ConfigError(
+                field="sites that train",
+                expected=f"at least {least}, for each site of a smaller sum learns much of the others'",
+                found=str(len(members)),
+                remedy="bring more sites; or every site sets min_sites_in_sum to 2 in its own settings",
+                site=max(described, key=lambda site: described[site].min_sites_in_sum),
+            )
+        self._sharing_config = replace(self._sharing_config, min_cohort=max(least, self._sharing_config.min_cohort))
+        self._parameters = Parameters.for_sites(len(members))
+
+    def _agree_on_key(self) -> None:
+        """Every site holds the run's key; the server knows its name."""
+        record = self._folder / KEY_FILE
+        before = read_json(record) if record.exists() else None
+        if before and before["parameters"] != self._parameters.id:
+            most = PARAMETERS[before["parameters"]].max_sites
+            if len(self._training_sites) > most:
+                raise ConfigError(
+                    field="sites that train",
+                    expected=f"{most} at most, for the key that this run began with",
+                    found=str(len(self._training_sites)),
+                    remedy="start a run of another name with all sites",
+                )
+            self._parameters = PARAMETERS[before["parameters"]]
+        self._key = agree_on_key(
+            self._conductor.ask_every,
+            self._request_content(),
+            sites=self._sites,
+            holder=self._encryption.key_holder or self._training_sites[0],
+            parameters=self._parameters,
+            known=before["key"] if before else None,
+        )
+        write_json(record, {"key": self._key, "parameters": self._parameters.id})
+
+    def _forget_keys(self) -> None:
+        """Ask every site to destroy its key; one that is not there keeps its sealed envelope until it is removed."""
+        asked = dict.fromkeys(self._sites, (protocol.FORGET_KEY, Message(content=self._request_content())))
+        with contextlib.suppress(NNUNetFlareError, RunStoppedError):
+            for error in self._conductor.ask(asked, lambda site, reply: None).failures.values():
+                self._say(f"the key was not destroyed: {error}")
 
     def _agree_on_layers(self) -> None:
         """Every site preprocesses and opens its training; what they share is settled once for the run."""
@@ -291,16 +368,25 @@ class FederatedTraining(Controller, ABC):
         if self._start is None:
             self._start = 0, self._initial_layers()
             self._run.save_global(*self._start)
-        self._rounds = AveragingRounds(
-            conductor=self._conductor,
-            config=self._config,
-            shares={site: self._share(site, layers) for site, layers in opened.items()},
-            min_cohort=self._sharing_config.min_cohort,
-        )
-        millions = sum(array.size for array in self._start[1].values()) / 1e6
-        self._say(f"{len(self._start[1])} layers shared, {millions:.1f} million parameters")
+        shares = {site: self._share(site, layers) for site, layers in opened.items()}
+        self._rounds = AveragingRounds(conductor=self._conductor, shares=shares, aggregation=self._aggregation(shares))
+        sizes = self._sharing.sizes()
+        self._say(f"{len(sizes)} layers shared, {sum(sizes.values()) / 1e6:.1f} million parameters")
         if not all(map(self._sharing.is_complete, self._sharing.networks)):
             report_coverage(self._sharing, self._folder, self._say)
+
+    def _aggregation(self, shares: Mapping[str, SiteShare]) -> Aggregation:
+        if not self._encryption:
+            return PlainAverage(self._config, shares, self._sharing_config.min_cohort)
+        return EncryptedAverage(
+            cohorts_of(self._sharing),
+            shares,
+            scope=f"{self._run_id}/{self._config.fold}",
+            max_abs=self._encryption.max_abs_weight,
+            min_cohort=self._sharing_config.min_cohort,
+            key=self._key,
+            parameters=self._parameters,
+        )
 
     def _share(self, site: str, opened: SiteLayers) -> SiteShare:
         role, weight = self._sites[site], 0
@@ -385,6 +471,8 @@ class FederatedTraining(Controller, ABC):
             layers, record = self._rounds.run(round_number, layers, self._request_content())
             for reason in record.missing.values():
                 self._say(f"left out of round {record.round}: {reason}")
+            if clipped := sum(result.num_clipped for result in record.sites.values()):
+                self._say(f"{clipped} weights lie beyond {self._encryption.max_abs_weight} and were clipped")
             if record.unchanged_layers:
                 self._say(f"{record.unchanged_layers} layers keep their values: too few of their sites have answered")
             self._history = self._history.with_round(record)
@@ -407,7 +495,7 @@ class FederatedTraining(Controller, ABC):
         scoring = Scoring(
             conductor=self._conductor, schemas=self._schemas, content=self._request_content(), say=self._say
         )
-        final, before = scoring.validate(self._rounds.shares, layers)
+        final, before = scoring.validate(self._rounds.shares, layers, self._rounds.aggregation)
         self._note(final=final, final_before_finetuning=before)
         if self._federation.cross_site:
             for owner in sorted(final.keys() & set(self._training_sites)):
@@ -421,11 +509,14 @@ class FederatedTraining(Controller, ABC):
 
     def _request_content(self) -> dict[str, Any]:
         alignment = self._sharing_config.alignment
-        return {"run": self.run, "run_id": self._run_id, "job": self._config.to_json(), "alignment": alignment}
+        content = {"run": self.run, "run_id": self._run_id, "job": self._config.to_json(), "alignment": alignment}
+        return content | ({"encryption": "bfv"} if self._encryption else {})
 
-    def _ask_every_site(self, task: str, question: Mapping[str, Any] | None = None) -> dict[str, Message]:
+    def _ask_every_site(
+        self, task: str, question: Mapping[str, Any] | None = None, layers: Layers | None = None
+    ) -> dict[str, Message]:
         """Ask all sites the same; each must answer."""
-        message = Message(content=self._request_content() | dict(question or {}))
+        message = Message(content=self._request_content() | dict(question or {}), layers=layers or {})
         return self._conductor.ask_every(dict.fromkeys(self._sites, (task, message)))
 
     def _publish(self, record: RoundRecord) -> None:
@@ -437,6 +528,17 @@ class FederatedTraining(Controller, ABC):
         for tag, value in values.items():
             dxo = create_analytic_dxo(prefix + tag, value, AnalyticsDataType.SCALAR, global_step=record.round)
             send_analytic_dxo(self, dxo, self._fl_ctx)
+
+
+def _check_goes_with_encryption(training: TrainingConfig, federation: FederationConfig) -> None:
+    for name, holds, expected in (
+        ("wire_dtype", training.wire_dtype == "float32", "float32, which encrypted vectors replace"),
+        ("cross_site", not federation.cross_site, "false, for models would travel whole and in clear text"),
+    ):
+        if not holds:
+            raise ConfigError(
+                field=name, expected=expected, found="another value", remedy="correct the encrypted job's settings"
+            )
 
 
 def _absent(site: str) -> ParticipationError:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import FLContextKey
@@ -24,13 +25,18 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 from nvflare.fuel.utils.fobs import FOBSContextKey
 
+from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.errors import NNUNetFlareError, StateError, WorkerError
+from nnunet_flare.fingerprint.histogram import from_counts, to_counts
+from nnunet_flare.fingerprint.summary import FingerprintSummary
 from nnunet_flare.flare import protocol
-from nnunet_flare.flare.protocol import Message
+from nnunet_flare.flare.keys import SiteKeys
+from nnunet_flare.flare.protocol import COUNTS, Message
 from nnunet_flare.flare.run import RunFolder
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.dataset import RawDataset, find_dataset
 from nnunet_flare.nnunet.demo import DEMO_DATASETS
+from nnunet_flare.nnunet.network_plan import architecture_plans, plan_digests
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.nnunet.process import NNUNetProcess
 from nnunet_flare.nnunet.site import SiteSettings
@@ -69,6 +75,10 @@ class NNUNetExecutor(Executor):
             protocol.VALIDATE: self._validate,
             protocol.FINAL_MODEL: self._final_model,
             protocol.SCORE_MODEL: self._score_model,
+            protocol.CERTIFICATE: self._certificate,
+            protocol.MAKE_KEY: self._make_key,
+            protocol.RECEIVE_KEY: self._receive_key,
+            protocol.FORGET_KEY: self._forget_key,
         }
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -128,6 +138,8 @@ class NNUNetExecutor(Executor):
         if self._process is None:
             threads = settings.num_threads or max(1, (os.cpu_count() or 1) // _clients_on_this_machine(fl_ctx))
             self._process = NNUNetProcess(log_file=self._run.path / LOG_FILE, num_threads=threads)
+        if "encryption" in request.content:
+            self._keys = SiteKeys.of(request.content, fl_ctx)
         return Calls(self._process, settings, self._run.path, request, lambda: abort_signal.triggered, self.logger)
 
     def _describe(self, request: Message, calls: Calls) -> Message:
@@ -138,17 +150,48 @@ class NNUNetExecutor(Executor):
         schema = RawDataset.read(find_dataset(settings.raw_root, settings.dataset)).schema
         versions = {"python": ".".join(platform.python_version_tuple()[:2])}
         versions |= {name: version(name).partition("+")[0] for name in VERSIONED}
-        return Message(content={"schema": schema.to_json(), "role": settings.role, "versions": versions})
+        content = {"schema": schema.to_json(), "role": settings.role, "versions": versions}
+        return Message(content=content | {"min_sites_in_sum": settings.min_sites_in_sum})
+
+    def _certificate(self, request: Message, calls: Calls) -> Message:
+        """Who this site is towards its peers, and the key of the run that it holds already."""
+        key = self._keys.key().id if self._keys.has_key else None
+        return Message(content={"certificate": self._keys.identity.pem, "key": key})
+
+    def _make_key(self, request: Message, calls: Calls) -> Message:
+        """Key holder: the run's key, sealed for each peer; the server can open none of the envelopes."""
+        key, envelopes = self._keys.make(request.content["parameters"], request.content["certificates"])
+        return Message(content={"key": key, "envelopes": envelopes})
+
+    def _receive_key(self, request: Message, calls: Calls) -> Message:
+        return Message(content={"key": self._keys.receive(request.content["envelope"])})
+
+    def _forget_key(self, request: Message, calls: Calls) -> Message:
+        self._keys.destroy()
+        return Message()
 
     def _extract_fingerprint(self, request: Message, calls: Calls) -> Message:
         """The fingerprint of a site that trains; one that only evaluates has its cases checked and tells nothing."""
         names = ("num_foreground_voxels", "num_cases_total")
         settings = calls.settings.to_json()
         reply = calls.run("extract", settings=settings, **{name: request.content[name] for name in names})
-        return reply if calls.settings.role == "train" else Message()
+        if calls.settings.role != "train":
+            return Message()
+        if "encryption" in request.content:
+            counts = to_counts(FingerprintSummary.from_json(reply.content["summary"]))
+            return Message(layers={COUNTS: counts.astype(np.float64)})
+        return reply
 
     def _plan(self, request: Message, calls: Calls) -> Message:
-        return calls.run("plan", **calls.task(), summary=request.content["summary"])
+        """Plan from the merged fingerprint; of an encrypted one, no more than the network is told."""
+        if "encryption" not in request.content:
+            return calls.run("plan", **calls.task(), summary=request.content["summary"])
+        counts = request.layers[COUNTS].astype(np.int64)
+        summary = from_counts(counts, num_channels=request.content["num_channels"]).to_json()
+        plans = calls.run("plan", layers={}, **calls.task(), summary=summary).content["plans"]
+        configuration = request.content["job"]["configuration"]
+        content = {"plans": architecture_plans(plans, configuration), "digests": plan_digests(plans, configuration)}
+        return Message(content=content)
 
     def _plan_locally(self, request: Message, calls: Calls) -> Message:
         return calls.run("plan_locally", **calls.task())
@@ -197,10 +240,14 @@ class Calls:
         """The arguments that every command on a training takes."""
         return self.task() | {"alignment": self._request.content["alignment"]}
 
-    def run(self, command: str, **arguments: Any) -> Message:
-        """Run a command with the request's layers and return its answer as a reply."""
+    def run(self, command: str, *, layers: Layers | None = None, **arguments: Any) -> Message:
+        """Run a command with layers, by default the request's, and return its answer as a reply."""
         content, layers = self.process.call(
-            command, arguments, self._request.layers, cancelled=self._cancelled, progress=self._show_progress
+            command,
+            arguments,
+            self._request.layers if layers is None else layers,
+            cancelled=self._cancelled,
+            progress=self._show_progress,
         )
         return Message(content=content, layers=layers, difference=self._request.content.get("update") == "difference")
 

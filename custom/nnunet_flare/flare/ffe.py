@@ -9,12 +9,17 @@ from typing import Any
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.network import Network, check_same_network
 from nnunet_flare.aggregation.sharing import SharingConfig
+from nnunet_flare.encryption.vector import VectorLayout
+from nnunet_flare.fingerprint.histogram import num_counts
 from nnunet_flare.fingerprint.summary import FingerprintSummary, merge_summaries
 from nnunet_flare.flare import protocol
 from nnunet_flare.flare.controller import FederatedTraining
+from nnunet_flare.flare.encrypted import EncryptedVectors
+from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SitePlan, cast
 from nnunet_flare.nnunet.network_plan import check_same_network_plans
 from nnunet_flare.nnunet.schema import check_schemas_match, dataset_json
+from nnunet_flare.flare.run import read_arrays, write_arrays
 from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["FFEController"]
@@ -28,6 +33,7 @@ class FFEController(FederatedTraining):
         training: Settings of ``TrainingConfig`` that differ from its defaults.
         federation: Settings of ``FederationConfig`` that differ from its defaults.
         keep_local: Layers that stay at their site, as in ``SharingConfig``; the server then has no whole model.
+        encryption: Settings of ``EncryptionConfig``; None adds in clear text. Fingerprints are encrypted too.
     """
 
     def __init__(
@@ -36,10 +42,11 @@ class FFEController(FederatedTraining):
         training: dict[str, Any] | None = None,
         federation: dict[str, Any] | None = None,
         keep_local: list[str] | None = None,
+        encryption: dict[str, Any] | None = None,
     ) -> None:
         self.keep_local = keep_local
         one_network = SharingConfig(alignment="name", keep_local=keep_local or (), min_cohort=1, min_overlap=0)
-        super().__init__(run, training, federation, one_network)
+        super().__init__(run, training, federation, one_network, encryption)
 
     def _check_schemas(self) -> None:
         check_schemas_match(self._schemas)
@@ -49,15 +56,14 @@ class FFEController(FederatedTraining):
 
     def _merge_fingerprints(self) -> None:
         """The fingerprint of all cases, as if they lay in one data set (recorded; not repeated on resume)."""
+        if self._encryption:
+            self._add_fingerprints()
+            return
         record = self._folder / "fingerprint_summary.json"
         if record.exists():
             self._summary = FingerprintSummary.from_json(read_json(record))
             return
-        question = {
-            "num_foreground_voxels": self._config.num_foreground_voxels,
-            "num_cases_total": sum(self._num_cases.values()),
-        }
-        replies = self._ask_every_site(protocol.EXTRACT_FINGERPRINT, question)
+        replies = self._ask_every_site(protocol.EXTRACT_FINGERPRINT, self._draws())
         summaries = [
             cast(site, replies[site], lambda content: FingerprintSummary.from_json(content["summary"]))
             for site in self._training_sites
@@ -67,24 +73,60 @@ class FFEController(FederatedTraining):
         write_json(record, merged.to_json())
         self._say(f"fingerprint of {merged.num_training} cases merged from {len(summaries)} sites")
 
+    def _draws(self) -> dict[str, int]:
+        total = sum(self._num_cases.values())
+        return {"num_foreground_voxels": self._config.num_foreground_voxels, "num_cases_total": total}
+
+    def _add_fingerprints(self) -> None:
+        """The encrypted counts of all cases (recorded; not repeated on resume)."""
+        channels = len(self._schemas[self._training_sites[0]].channel_names)
+        layout = VectorLayout(
+            scope=f"{self._run_id}/{protocol.FINGERPRINT}",
+            shapes={protocol.COUNTS: (num_counts(channels),)},
+            weights=dict.fromkeys(self._training_sites, 1),
+            max_abs=None,
+        )
+        vectors = EncryptedVectors({protocol.FINGERPRINT: layout}, key=self._key, parameters=self._parameters)
+        record = self._folder / "fingerprint_sum.npz"
+        if not record.exists():
+            vectors.begin(0)
+            told, _ = vectors.request(protocol.FINGERPRINT, {})
+            content = self._request_content() | self._draws() | {"vectors": {protocol.FINGERPRINT: told}}
+
+            def accept(site: str, reply: Message) -> None:
+                if site in self._training_sites:
+                    vectors.add(site, (protocol.FINGERPRINT,), reply.layers)
+
+            self._conductor.ask_every(
+                dict.fromkeys(self._sites, (protocol.EXTRACT_FINGERPRINT, Message(content=content))),
+                accept,
+                layer_bytes=dict.fromkeys(self._sites, vectors.most_bytes(protocol.FINGERPRINT)),
+            )
+            sums = vectors.finish(len(self._training_sites))[protocol.FINGERPRINT]
+            write_arrays(record, sums)
+        told, arrays = vectors.request(protocol.FINGERPRINT, read_arrays(record))
+        self._fingerprint = Message(
+            content={"vectors": {protocol.FINGERPRINT: told}, "num_channels": channels}, layers=arrays
+        )
+        self._say(f"fingerprints of {len(self._training_sites)} sites added, encrypted")
+
     def _plan(self) -> None:
         """Every site plans from the merged fingerprint; the network plans must be the same."""
-        replies = self._ask_every_site(protocol.PLAN, {"summary": self._summary.to_json()})
+        question = self._fingerprint if self._encryption else Message(content={"summary": self._summary.to_json()})
+        replies = self._ask_every_site(protocol.PLAN, question.content, question.layers)
         parse = partial(SitePlan.parse, self._config.configuration)
         planned = {site: cast(site, reply, parse) for site, reply in replies.items()}
         check_same_network_plans({site: plan.network_plan for site, plan in planned.items()})
-        plans = dict(planned[self._training_sites[0]].plans)
-        plans["dataset_name"] = f"Dataset000_{self.run}"
-        self._plans = plans
+        self._plans = plans = dict(planned[self._training_sites[0]].plans)
         first = self._schemas[self._training_sites[0]]
         self._dataset_json = dataset_json(first, sum(self._num_cases.values()))
-        write_json(self._folder / "plans.json", plans)
         configuration = plans["configurations"][self._config.configuration]
-        stages = configuration["architecture"]["arch_kwargs"].get("n_stages")
-        self._say(
-            f"one plan for all: {self._config.configuration}, patch {configuration['patch_size']}, "
-            f"batch {configuration['batch_size']}, {stages} stages"
-        )
+        told = f"{configuration['architecture']['arch_kwargs'].get('n_stages')} stages"
+        if not self._encryption:
+            plans["dataset_name"] = f"Dataset000_{self.run}"
+            write_json(self._folder / "plans.json", plans)
+            told += f", patch {configuration['patch_size']}, batch {configuration['batch_size']}"
+        self._say(f"one plan for all: {self._config.configuration}, {told}")
 
     def _architecture(self, site: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         return self._plans, self._dataset_json
@@ -96,8 +138,8 @@ class FFEController(FederatedTraining):
             check_same_network(site, network, networks[first], origin=f"at {first}", remedy=remedy)
 
     def _export(self, layers: Layers) -> None:
-        """The global model, predict-ready, where all of it is shared."""
-        if self._sharing.is_complete(self._training_sites[0]):
+        """The global model, predict-ready, where all of it is shared and the server can read it."""
+        if not self._encryption and self._sharing.is_complete(self._training_sites[0]):
             self._call(
                 "export_model",
                 {

@@ -42,6 +42,15 @@ CSV_FILE = "metrics.csv"
 PHASES = ("describe", "fingerprint", "plan", "preprocess", "train", "validate", "done", "failed")
 ENDS = PHASES[-2:]
 _MAX_SITES_IN_LINE = 6
+_SITE_NUMBERS = (
+    "train_loss",
+    "num_cases",
+    "upload_bytes",
+    "download_bytes",
+    "seconds",
+    "num_clipped",
+    "quantisation_error",
+)
 _RECENT_ROUNDS = 20
 
 
@@ -58,6 +67,8 @@ class SiteRound:
         download_bytes: Size of the layers that the site received.
         seconds: From task to reply, measured at the server.
         role: ``train`` or ``evaluate``.
+        num_clipped: Weights beyond the range of an encrypted vector.
+        quantisation_error: Largest rounding error in it, in units of the weighted weights.
     """
 
     dice: Mapping[str, float]
@@ -67,6 +78,8 @@ class SiteRound:
     download_bytes: int
     seconds: float
     role: str
+    num_clipped: int = 0
+    quantisation_error: float = 0.0
 
     @property
     def mean_dice(self) -> float:
@@ -242,7 +255,7 @@ class RunHistory:
                 for label, score in result.dice.items():
                     yield record.round, site, "dice", label, score
                 yield record.round, site, "mean_dice", "", result.mean_dice
-                for name in ("train_loss", "num_cases", "upload_bytes", "download_bytes", "seconds"):
+                for name in _SITE_NUMBERS:
                     yield record.round, site, name, "", getattr(result, name)
         for stage, of_sites in (("before fine-tuning", self.final_before_finetuning), ("final", self.final)):
             for site, final in of_sites.items():

@@ -20,13 +20,20 @@ from nvflare.apis.shareable import Shareable
 from nnunet_flare.errors import NNUNetFlareError, UpdateError, WorkerError, error_from_reply
 
 __all__ = [
+    "CERTIFICATE",
+    "COUNTS",
     "DESCRIBE",
     "EVALUATE",
     "EXTRACT_FINGERPRINT",
     "FINAL_MODEL",
+    "FINGERPRINT",
+    "FORGET_KEY",
+    "KEY_TASKS",
     "LAYER_SIGNATURE",
+    "MAKE_KEY",
     "PLAN",
     "PLAN_LOCALLY",
+    "RECEIVE_KEY",
     "SCORE_MODEL",
     "TASKS",
     "TRAIN",
@@ -59,6 +66,14 @@ TASKS = (
     FINAL_MODEL,
     SCORE_MODEL,
 )
+CERTIFICATE = "certificate"
+MAKE_KEY = "make_key"
+RECEIVE_KEY = "receive_key"
+FORGET_KEY = "forget_key"
+KEY_TASKS = (CERTIFICATE, MAKE_KEY, RECEIVE_KEY, FORGET_KEY)
+"""Tasks of encrypted jobs alone."""
+COUNTS, FINGERPRINT = "counts", "fingerprint"
+"""The only array of an encrypted fingerprint, and the group that its vector belongs to."""
 
 _TEXT = "nnunet_flare"
 _LAYER_KINDS = (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF)
@@ -70,7 +85,7 @@ class Message:
 
     Args:
         content: JSON values.
-        layers: Canonical layer name -> float32 or float16 array.
+        layers: Canonical layer name -> float32 or float16 array; or bytes (uint8), of encrypted vectors.
         difference: The layers are differences to the layers that the site received.
     """
 
@@ -78,12 +93,15 @@ class Message:
     layers: Mapping[str, np.ndarray] = field(default_factory=dict)
     difference: bool = False
 
-    def to_shareable(self) -> Shareable:
+    def to_shareable(self, instead_of: Shareable | None = None) -> Shareable:
+        """FLARE's form; ``instead_of`` keeps the headers of a message that a filter replaces."""
         text = json.dumps(self.content)
-        if not self.layers:
-            return DXO(DataKind.APP_DEFINED, data={_TEXT: text}).to_shareable()
-        kind = DataKind.WEIGHT_DIFF if self.difference else DataKind.WEIGHTS
-        return DXO(kind, data=dict(self.layers), meta={_TEXT: text}).to_shareable()
+        if self.layers:
+            kind = DataKind.WEIGHT_DIFF if self.difference else DataKind.WEIGHTS
+            dxo = DXO(kind, data=dict(self.layers), meta={_TEXT: text})
+        else:
+            dxo = DXO(DataKind.APP_DEFINED, data={_TEXT: text})
+        return dxo.update_shareable(Shareable() if instead_of is None else instead_of)
 
 
 def read_message(
@@ -123,7 +141,8 @@ def read_message(
     # FLARE delivers an array without axes as a NumPy scalar.
     layers = {name: np.asarray(array) if isinstance(array, np.floating) else array for name, array in layers.items()}
     for name, array in layers.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        known = isinstance(array, np.ndarray) and (array.dtype.kind == "f" or array.dtype == np.uint8)
+        if not isinstance(name, str) or not known:
             raise _foreign(f"{type(array).__name__} among the layers", sender)
     if isinstance(content.get("error"), dict):
         error = error_from_reply(content["error"])

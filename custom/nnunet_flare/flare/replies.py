@@ -53,11 +53,12 @@ def cast(site: str, reply: Message, parse: Callable[[Mapping[str, Any]], T]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteDescription:
-    """A site's data, role and versions (package -> version)."""
+    """A site's data, role and versions (package -> version), and the least number of sites in a sum that it opens."""
 
     schema: DatasetSchema
     role: str
     versions: Mapping[str, str]
+    min_sites_in_sum: int
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> SiteDescription:
@@ -65,7 +66,11 @@ class SiteDescription:
         if role not in ROLES:
             raise ValueError(role)
         versions = {str(name): str(version) for name, version in content["versions"].items()}
-        return cls(schema=DatasetSchema.from_json(content["schema"]), role=role, versions=versions)
+        least = content["min_sites_in_sum"]
+        if type(least) is not int or least < 2:
+            raise ValueError(least)
+        schema = DatasetSchema.from_json(content["schema"])
+        return cls(schema=schema, role=role, versions=versions, min_sites_in_sum=least)
 
 
 def check_versions(versions: Mapping[str, Mapping[str, str]]) -> None:
@@ -94,7 +99,8 @@ class SitePlan:
     def parse(cls, configuration: str, content: Mapping[str, Any]) -> SitePlan:
         plans = dict(content["plans"])
         check_classes(plans, configuration)
-        return cls(plans=plans, network_plan=network_plan(plans, configuration))
+        digests = content.get("digests")
+        return cls(plans=plans, network_plan=network_plan(plans, configuration) if digests is None else dict(digests))
 
 
 def site_architecture(configuration: str, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +139,8 @@ def site_round(role: str, labels: Collection[str], reply: Message, *, download_b
         download_bytes=download_bytes,
         seconds=seconds,
         role=role,
+        num_clipped=_count(content.get("num_clipped", 0)),
+        quantisation_error=_score(content.get("quantisation_error", 0.0), most=1),
     )
 
 
@@ -145,6 +153,12 @@ def site_final(cases: Sequence[Any], labels: Collection[str]) -> SiteFinal:
 
 def _metrics(*, dsc: Any, hd95_mm: Any, nsd: Any) -> LabelMetrics:
     return LabelMetrics(dsc=_score(dsc, most=1), hd95_mm=_score(hd95_mm, most=1e9), nsd=_score(nsd, most=1))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("no count")
+    return value
 
 
 def _score(value: Any, *, most: float) -> float:

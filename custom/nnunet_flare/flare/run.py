@@ -21,7 +21,7 @@ import numpy as np
 from nnunet_flare.errors import ConfigError, StateError
 from nnunet_flare.storage import FolderLock, read_json, write_atomically, write_json
 
-__all__ = ["RunFolder", "check_run_name"]
+__all__ = ["RunFolder", "check_run_name", "read_arrays", "write_arrays"]
 
 _MANIFEST = "run.json"
 _MANIFEST_KEYS = {"run_id": str, "finished": bool, "settings": dict}
@@ -140,12 +140,7 @@ class RunFolder:
 
     def save_global(self, round_number: int, layers: Mapping[str, np.ndarray]) -> None:
         """Keep the weights that round ``round_number`` starts from; the two newest files stay."""
-
-        def write(file: Path) -> None:
-            with file.open("wb") as handle:
-                np.savez(handle, **layers)
-
-        write_atomically(self.fold_path / "state" / f"global_{round_number:05d}.npz", write)
+        write_arrays(self.fold_path / "state" / f"global_{round_number:05d}.npz", layers)
         for old in _global_files(self.fold_path)[:-_KEPT_GLOBALS]:
             old.unlink()
 
@@ -158,18 +153,30 @@ class RunFolder:
         files = _global_files(self.fold_path)
         if not files:
             return None
-        newest = files[-1]
-        try:
-            with np.load(newest, allow_pickle=False) as stored:
-                return int(_GLOBAL.fullmatch(newest.name)[1]), {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise StateError(
-                field=newest.name,
-                expected="the global layers of a round",
-                found=type(error).__name__,
-                remedy="remove the file; the run then continues from the round before",
-                local_detail=f"{newest}: {error}",
-            ) from error
+        return int(_GLOBAL.fullmatch(files[-1].name)[1]), read_arrays(files[-1])
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    def write(draft: Path) -> None:
+        with draft.open("wb") as handle:
+            np.savez(handle, **arrays)
+
+    write_atomically(file, write)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """Raises StateError: the file is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise StateError(
+            field=file.name,
+            expected="the arrays that this run has written",
+            found=type(error).__name__,
+            remedy="remove the file; the run then continues from the step before",
+            local_detail=f"{file}: {error}",
+        ) from error
 
 
 def _global_files(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from nnunet_flare.flare.conductor import Conductor
 from nnunet_flare.flare.history import SiteFinal
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import cast, site_final
-from nnunet_flare.flare.rounds import SiteShare
+from nnunet_flare.flare.rounds import Aggregation
 from nnunet_flare.nnunet.metrics import LabelMetrics
 from nnunet_flare.nnunet.schema import DatasetSchema, dataset_json
 
@@ -36,9 +36,9 @@ class Scoring:
     say: Callable[[str], None]
 
     def validate(
-        self, shares: Mapping[str, SiteShare], layers: Layers
+        self, sites: Collection[str], values: Layers, aggregation: Aggregation
     ) -> tuple[dict[str, SiteFinal], dict[str, SiteFinal]]:
-        """Final sync: every site keeps the final layers and scores its model on its validation cases.
+        """Final sync: every site keeps the final values and scores its model on its validation cases.
 
         Returns:
             Site -> scores of the model that it ends with, and of the one before fine-tuning where it does that.
@@ -55,10 +55,7 @@ class Scoring:
             final[site] = self._scores(site, reply, "cases")
 
         outcome = self.conductor.ask(
-            {
-                site: (protocol.VALIDATE, Message(content=self.content, layers=share.select(layers)))
-                for site, share in shares.items()
-            },
+            {site: (protocol.VALIDATE, aggregation.request(site, self.content, values)) for site in sites},
             accept,
         )
         for error in outcome.failures.values():

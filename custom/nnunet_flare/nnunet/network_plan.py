@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -10,7 +11,7 @@ from typing import Any
 
 from nnunet_flare.errors import PlansError
 
-__all__ = ["architecture_plans", "check_classes", "check_same_network_plans", "network_plan"]
+__all__ = ["architecture_plans", "check_classes", "check_same_network_plans", "network_plan", "plan_digests"]
 
 _SHARED = ("architecture", "preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
 _CLASSES = re.compile(
@@ -60,6 +61,12 @@ def architecture_plans(plans: Mapping[str, Any], configuration: str) -> dict[str
     """Plans with nothing but the network's architecture: what a site that plans for itself tells of its plans."""
     kept = {"architecture": plans["configurations"][configuration]["architecture"]}
     return {"label_manager": plans["label_manager"], "configurations": {configuration: kept}}
+
+
+def plan_digests(plans: Mapping[str, Any], configuration: str) -> dict[str, str]:
+    """``network_plan`` with digests for values: enough to see whether two are equal, and where not."""
+    values = network_plan(plans, configuration)
+    return {key: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12] for key, value in values.items()}
 
 
 def check_same_network_plans(network_plans: Mapping[str, Mapping[str, Any]]) -> None:

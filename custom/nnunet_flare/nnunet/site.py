@@ -26,6 +26,7 @@ _PATHS = ("home", "nnunet_raw", "nnunet_preprocessed", "pretrained")
 ROLES = ("train", "evaluate")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _REMARK = "#"
+_FINGERPRINT = "(?:[0-9A-Fa-f]{2}:?){32}"
 
 
 def state_home() -> Path:
@@ -55,6 +56,10 @@ class SiteSettings:
             is refused here, whatever the server says.
         share_model: Let the whole final model of this site, and its plans, travel to the other sites to be scored.
         pretrained: nnU-Net checkpoint that the layers which this site does not share start from.
+        peers: Site -> SHA-256 fingerprint of its certificate, of the hospitals that this site shares an encryption key
+            with; empty accepts every one that the project's CA certified.
+        min_sites_in_sum: Least number of sites in an encrypted sum that is decrypted here, from 2 on. With two, each of
+            them can subtract its own part and has the other's.
     """
 
     site: str
@@ -72,6 +77,8 @@ class SiteSettings:
     pretrained: Path | None = None
     keep_local: Sequence[str] = ()
     share_model: bool = False
+    peers: Mapping[str, str] = field(default_factory=dict)
+    min_sites_in_sum: int = 3
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("role", self.role, ROLES), ("device", self.device, DEVICES)):
@@ -80,9 +87,11 @@ class SiteSettings:
         number = self.gpu_memory_gb
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or number <= 0):
             raise self._error("gpu_memory_gb", "a positive number", repr(number))
-        for name, least in (("num_processes", 1), ("num_threads", 1), ("num_augmentation_processes", 0)):
+        least_values = {"num_processes": 1, "num_threads": 1, "num_augmentation_processes": 0, "min_sites_in_sum": 2}
+        for name, least in least_values.items():
             value = getattr(self, name)
-            if not ((type(value) is int and value >= least) or (value is None and name != "num_processes")):
+            optional = name in ("num_threads", "num_augmentation_processes")
+            if not ((type(value) is int and value >= least) or (value is None and optional)):
                 raise self._error(name, f"a whole number from {least} on", repr(value))
         if isinstance(self.keep_local, str) or not all(isinstance(item, str) and item for item in self.keep_local):
             raise self._error("keep_local", "a list of kinds and regular expressions", repr(self.keep_local))
@@ -90,6 +99,9 @@ class SiteSettings:
             raise self._error("share_model", "true or false", repr(self.share_model))
         if not isinstance(self.plans_overrides, Mapping):
             raise self._error("plans_overrides", "a mapping of plans keys", repr(self.plans_overrides))
+        pinned = self.peers if isinstance(self.peers, Mapping) else {"": ""}
+        if not all(isinstance(pin, str) and re.fullmatch(_FINGERPRINT, pin) for pin in pinned.values()):
+            raise self._error("peers", "site names with SHA-256 fingerprints", repr(self.peers))
         if self.share_model and self.keep_local:
             raise self._error("share_model", "false beside keep_local, for a model travels whole", "true")
         object.__setattr__(self, "keep_local", tuple(self.keep_local))

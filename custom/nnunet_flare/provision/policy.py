@@ -15,7 +15,9 @@ from nnunet_flare.errors import ConfigError
 
 __all__ = ["CLIENT_CLASSES", "READER_ROLES", "SERVER_CLASSES", "SitePolicy", "policy_files"]
 
-CLIENT_CLASSES = ("nnunet_flare.flare.executor.NNUNetExecutor",)
+DECRYPT_FILTER = "nnunet_flare.flare.filters.BFVDecryptFilter"
+ENCRYPT_FILTER = "nnunet_flare.flare.filters.BFVEncryptFilter"
+CLIENT_CLASSES = ("nnunet_flare.flare.executor.NNUNetExecutor", DECRYPT_FILTER, ENCRYPT_FILTER)
 SERVER_CLASSES = (
     "nnunet_flare.flare.asym.AsymFedAvgController",
     "nnunet_flare.flare.ffe.FFEController",

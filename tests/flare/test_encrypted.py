@@ -1,0 +1,252 @@
+"""Encrypted jobs, controller and executors and filters in one process (``loopback``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TINY_TRAINING, settings_of
+from loopback import Loopback
+from nnunet_flare.encryption.parameters import Parameters
+from nnunet_flare.flare import keys
+from nnunet_flare.flare.asym import AsymFedAvgController
+from nnunet_flare.flare.encrypted import EncryptedVectors
+from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.flare.protocol import TRAIN
+from nnunet_flare.flare.run import read_arrays
+from nnunet_flare.storage import read_json
+
+pytestmark = pytest.mark.usefixtures("inline")
+
+SITES = ("site-1", "site-2", "site-3")
+ENCRYPTION: dict[str, Any] = {}
+ONE_ROUND = TINY_TRAINING | {"num_rounds": 1}
+STEP = 2.0**-22
+
+
+def final_weights(home: Path, site: str, run: str) -> dict[str, np.ndarray]:
+    (file,) = (home / site / "runs" / run / "nnUNet_results").rglob("checkpoint_final.pth")
+    stored = torch.load(file, map_location="cpu", weights_only=False)
+    return {name: value.numpy() for name, value in stored["network_weights"].items()}
+
+
+def newest_state(home: Path, run: str) -> dict[str, np.ndarray]:
+    return read_arrays(sorted((home / "server" / "runs" / run / "state").iterdir())[-1])
+
+
+def test_an_encrypted_round_gives_the_plain_mean_and_the_server_keeps_ciphertexts_alone(
+    demo_home: Path, tmp_path: Path
+):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("plain", ONE_ROUND)
+    assert federation.panics == []
+    federation.run("secret", ONE_ROUND, encryption=ENCRYPTION)
+    assert federation.panics == []
+    plain, secret = (final_weights(demo_home, "site-2", run) for run in ("plain", "secret"))
+    assert plain.keys() == secret.keys()
+    largest = max(float(np.abs(plain[name] - secret[name]).max()) for name in plain)
+    assert 0 < largest <= len(SITES) * STEP / 2 + 1e-7
+    state = newest_state(demo_home, "secret")
+    assert {array.dtype for array in state.values()} == {np.dtype(np.uint8)}
+    server = demo_home / "server" / "runs" / "secret"
+    assert not (server / "model").exists()
+    assert not (server / "dataset_fingerprint.json").exists()
+    history = RunHistory.load(server)
+    assert history.phase == "done"
+    assert all(0 < site.quantisation_error <= STEP / 2 for site in history.rounds[0].sites.values())
+    assert all(site.num_clipped == 0 for site in history.rounds[0].sites.values())
+
+
+def test_every_key_is_destroyed_when_the_run_is_over(demo_home: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("over", ONE_ROUND | {"stop_after": "plan"}, encryption=ENCRYPTION)
+    sealed = [demo_home / site / "runs" / "over" / "encryption" / "key.json" for site in SITES]
+    assert all(file.exists() for file in sealed)
+    federation.run("over", ONE_ROUND, encryption=ENCRYPTION)
+    assert federation.panics == []
+    assert not any(file.exists() for file in sealed)
+    assert not [place for place in keys._open if place[0].parent.name == "over"]
+
+
+def test_a_run_goes_on_with_its_key_after_every_process_is_gone(demo_home: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("again", TINY_TRAINING | {"num_rounds": 2}, encryption=ENCRYPTION)
+    assert federation.panics == []
+    federation.tamper = lambda site, task, reply: None if task == TRAIN and federation.late else reply
+    federation.late = False
+    calls = []
+
+    def fail_in_round_two(site, task, reply):
+        calls.append(task)
+        return None if task == TRAIN and calls.count(TRAIN) > 3 else reply
+
+    federation.tamper = fail_in_round_two
+    federation.run("broken", TINY_TRAINING | {"num_rounds": 2}, encryption=ENCRYPTION)
+    assert "updates in round 2" in federation.panics[0]
+    key = read_json(demo_home / "server" / "runs" / "broken" / "encryption.json")["key"]
+    keys._open.clear()
+    federation.tamper = lambda site, task, reply: reply
+    federation.run("broken", TINY_TRAINING | {"num_rounds": 2}, encryption=ENCRYPTION)
+    assert federation.panics == []
+    assert read_json(demo_home / "server" / "runs" / "broken" / "encryption.json")["key"] == key
+    whole, resumed = (final_weights(demo_home, "site-1", run) for run in ("again", "broken"))
+    assert all((whole[name] == resumed[name]).all() for name in whole)
+
+
+def test_a_site_that_lost_its_envelope_gets_another_from_the_key_holder(demo_home: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("lost", ONE_ROUND | {"stop_after": "plan"}, encryption=ENCRYPTION)
+    (demo_home / "site-3" / "runs" / "lost" / "encryption" / "key.json").unlink()
+    keys._open.clear()
+    federation.run("lost", ONE_ROUND, encryption=ENCRYPTION)
+    assert federation.panics == []
+
+
+def test_a_key_that_is_lost_at_its_holder_ends_the_job_with_the_reason(demo_home: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES)
+    federation.run("lost", ONE_ROUND | {"stop_after": "plan"}, encryption={"key_holder": "site-2"})
+    (demo_home / "site-2" / "runs" / "lost" / "encryption" / "key.json").unlink()
+    keys._open.clear()
+    federation.run("lost", ONE_ROUND, encryption={"key_holder": "site-2"})
+    assert federation.panics[0].startswith("site-2: key: expected the key that this run began with, found none")
+
+
+def test_two_sites_are_too_few_unless_both_allow_it(demo_home: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES[:2])
+    settings_of("site-1", tmp_path, min_sites_in_sum=2)
+    federation.run("two", ONE_ROUND, encryption=ENCRYPTION)
+    assert federation.panics[0].startswith("site-2: sites that train: expected at least 3")
+    settings_of("site-2", tmp_path, min_sites_in_sum=2)
+    federation.run("two", ONE_ROUND, encryption=ENCRYPTION)
+    assert federation.panics == []
+
+
+def test_the_mean_is_of_those_who_answered_and_a_site_that_missed_a_round_is_back_in_the_next(
+    demo_home: Path, tmp_path: Path
+):
+    for site in SITES:
+        settings_of(site, tmp_path, min_sites_in_sum=2)
+    dropped: list[str] = []
+
+    def drop_once(site, task, reply):
+        if site == "site-3" and task == TRAIN and not dropped:
+            dropped.append(site)
+            return None
+        return reply
+
+    federation = Loopback(tmp_path, SITES, tamper=drop_once)
+    federation.run("missed", TINY_TRAINING | {"num_rounds": 2}, {"min_sites": 2}, encryption=ENCRYPTION)
+    assert federation.panics == []
+    first, second = RunHistory.load(demo_home / "server" / "runs" / "missed").rounds
+    assert set(first.sites) == {"site-1", "site-2"}
+    assert set(second.sites) == set(SITES)
+    header = next(array for name, array in newest_state(demo_home, "missed").items() if name.endswith("/header"))
+    assert json.loads(header.tobytes())["sites"] == list(SITES)
+
+
+def test_layers_keep_their_values_in_a_round_with_too_few_answers(demo_home: Path, tmp_path: Path):
+    dropped: list[str] = []
+
+    def drop_twice(site, task, reply):
+        if site == "site-3" and task == TRAIN and len(dropped) < 2:
+            dropped.append(site)
+            return None
+        return reply
+
+    federation = Loopback(tmp_path, SITES, tamper=drop_twice)
+    federation.run("kept", TINY_TRAINING, {"min_sites": 2}, encryption=ENCRYPTION)
+    assert "sites that train" not in str(federation.panics)
+    rounds = RunHistory.load(demo_home / "server" / "runs" / "kept").rounds
+    assert federation.panics or [record.unchanged_layers > 0 for record in rounds] == [True, True, False]
+
+
+def test_unlike_networks_share_encrypted_and_each_cohort_is_a_vector_of_its_own(mixed: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES)
+    training = TINY_TRAINING | {"dataset": "Dataset902_DemoMixed", "configuration": "3d_fullres", "num_rounds": 2}
+    for site in SITES:
+        settings_of(site, tmp_path, min_sites_in_sum=2)
+    federation.run("mixed", training, sharing={"sharing": "cohort"}, kind=AsymFedAvgController, encryption=ENCRYPTION)
+    assert federation.panics == []
+    state = newest_state(mixed, "mixed")
+    groups = {name.partition("/")[0] for name in state}
+    assert {array.dtype for array in state.values()} == {np.dtype(np.uint8)}
+    assert len(groups) > 1
+    members = [json.loads(state[f"{group}/header"].tobytes())["sites"] for group in groups]
+    assert list(SITES) in members
+    assert all(len(sites) >= 2 for sites in members)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_job_is_refused_by_a_site_whose_policy_demands_encryption(demo_home: Path, tmp_path: Path):
+    federation = Loopback(tmp_path, SITES)
+    federation.policy_filters = {"site-2"}
+    federation.run("plain", ONE_ROUND)
+    assert federation.panics[0].startswith("site-2: job: expected an encrypted one, as this site's policy says")
+
+
+def test_a_server_that_only_claims_encryption_gets_nothing_in_clear_text(demo_home: Path, tmp_path: Path):
+    """A job without filters that says it is encrypted: a site with the policy encrypts all the same."""
+    federation = Loopback(tmp_path, SITES)
+    federation.policy_filters = set(SITES)
+    federation.run("claimed", ONE_ROUND, encryption=ENCRYPTION)
+    assert federation.panics == []
+
+
+def test_a_tampered_sum_ends_the_job_and_destroys_the_keys_but_no_state(
+    demo_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    finish = EncryptedVectors.finish
+
+    def tampered(self, min_sites):
+        results = finish(self, min_sites)
+        for group, arrays in results.items():
+            if group != "fingerprint":
+                arrays[f"{group}/00000"][0, 6] ^= 1
+        return results
+
+    monkeypatch.setattr(EncryptedVectors, "finish", tampered)
+    federation = Loopback(tmp_path, SITES)
+    federation.run("tampered", TINY_TRAINING, encryption=ENCRYPTION)
+    assert "decrypted sum: expected the marks of site-1, site-2, site-3" in federation.panics[0]
+    for site in SITES:
+        assert not (demo_home / site / "runs" / "tampered" / "encryption" / "key.json").exists()
+        assert list((demo_home / site / "runs" / "tampered" / "checkpoints").rglob("round_00000.pt"))
+    assert RunHistory.load(demo_home / "server" / "runs" / "tampered").rounds_done == 1
+
+
+def test_a_server_that_goes_back_to_an_older_sum_is_refused_and_the_key_stays(
+    demo_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    request, first = EncryptedVectors.request, {}
+
+    def stale(self, group, values):
+        told, arrays = request(self, group, values)
+        if group != "fingerprint" and told["sum"] is not None:
+            first.setdefault(group, (told, arrays))
+            return first[group]
+        return told, arrays
+
+    monkeypatch.setattr(EncryptedVectors, "request", stale)
+    federation = Loopback(tmp_path, SITES)
+    federation.run("stale", TINY_TRAINING | {"num_rounds": 2, "epochs_per_round": 1}, encryption=ENCRYPTION)
+    assert federation.panics == [] or "round of the sum" in federation.panics[0]
+
+
+def test_encryption_does_not_go_with_models_across_sites_or_half_precision(tmp_path: Path):
+    from nnunet_flare.errors import ConfigError
+    from nnunet_flare.flare.ffe import FFEController
+
+    with pytest.raises(ConfigError, match="cross_site"):
+        FFEController("run", None, {"cross_site": True}, encryption=ENCRYPTION)
+    with pytest.raises(ConfigError, match="wire_dtype"):
+        FFEController("run", {"wire_dtype": "float16"}, encryption=ENCRYPTION)
+    with pytest.raises(ConfigError, match="max_abs_weight"):
+        FFEController("run", encryption={"max_abs_weight": 3})
+    assert Parameters.for_sites(3).field_bits == 25
