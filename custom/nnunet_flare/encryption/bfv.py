@@ -51,6 +51,7 @@ class _Scheme:
         chosen.set_plain_modulus(seal.PlainModulus.Batching(DEGREE, parameters.plain_bits))
         self.context = seal.SEALContext(chosen, True, seal.SEC_LEVEL_TYPE.TC128)
         assert chosen.coeff_modulus()[0].value() == _MODULUS, "SEAL's primes are other ones"
+        self._decompressor = zstandard.ZstdDecompressor()
         self._file = os.memfd_create("seal", os.MFD_CLOEXEC)
         self._path = f"/proc/self/fd/{self._file}"
         self._version = _HEADER.unpack(self.stream(chosen)[: _HEADER.size])[2:4]
@@ -65,8 +66,8 @@ class _Scheme:
 
     def restore(self, empty: Any, stream: bytes) -> Any:
         """Raises ValueError: SEAL refuses the stream."""
-        os.ftruncate(self._file, 0)
         os.pwrite(self._file, stream, 0)
+        os.ftruncate(self._file, len(stream))  # to nothing beforehand would give its memory back each time
         try:
             empty.load(self.context, self._path)
         except (RuntimeError, ValueError) as error:
@@ -93,7 +94,7 @@ class _Scheme:
         stream = self.stream(ciphertext)
         header, body = stream[: _HEADER.size], stream[_HEADER.size :]
         if _HEADER.unpack(header)[4] == _ZSTANDARD:
-            body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
+            body = self._decompressor.decompressobj().decompress(body)
         before, between = self._frames[size]
         before = before[_HEADER.size :]
         coefficients, seed = body[len(before) : size + len(before)], b""
@@ -205,5 +206,5 @@ class Cipher:
         """
         plaintext = self._scheme.seal.Plaintext()
         self._decryptor.decrypt(self._scheme.to_ciphertext(record), plaintext)
-        slots = np.array(self._encoder.decode_int64(plaintext), np.int64)
+        slots = np.fromiter(self._encoder.decode_int64(plaintext), np.int64, DEGREE)
         return unpack(slots[1:], self._scheme.parameters.field_bits), int(slots[0])
