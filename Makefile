@@ -27,6 +27,7 @@ bench: .venv/installed  ## minutes; see benchmarks/README.md
 	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/aggregate.py
 	$(BIN)/python benchmarks/asym.py
+	$(BIN)/python benchmarks/he.py
 	$(BIN)/python benchmarks/tax.py
 	$(BIN)/python benchmarks/ffe_equality.py
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_flare.encryption.bfv import FRESH_BYTES, SUM_BYTES, Adder, check_coefficients
+from nnunet_flare.encryption.bfv import Adder, check_coefficients, record_bytes
 from nnunet_flare.encryption.fixed_point import FixedPoint
 from nnunet_flare.encryption.key import AggregationKey
 from nnunet_flare.encryption.parameters import Parameters
@@ -154,7 +154,7 @@ class EncryptedVector:
 
     def check_chunks(self, layout: VectorLayout, parameters: Parameters, *, site: str = "") -> None:
         """Raises EncryptionError: too few or too many ciphertexts, of another size, or impossible coefficients."""
-        record = FRESH_BYTES if len(self.header.sites) == 1 else SUM_BYTES
+        record = record_bytes(len(self.header.sites))
         expected = [(length, record) for length in layout.chunk_lengths(parameters)]
         found = [chunk.shape for chunk in self.chunks]
         if found != expected:
@@ -213,7 +213,7 @@ def encrypt_vector(
     header = VectorHeader(parameters=parameters.id, key=key.id, layout=layout.digest, round=round_number, sites=(site,))
     lengths = layout.chunk_lengths(parameters)
     marks, share, quantisation = key.marks(header.label(site), sum(lengths)).tolist(), layout.share((site,)), []
-    chunks = [np.empty((length, FRESH_BYTES), np.uint8) for length in lengths]
+    chunks = [np.empty((length, record_bytes(1)), np.uint8) for length in lengths]
     for index, values in enumerate(_pieces(layers, layout, parameters.values_per_ciphertext)):
         integers, num_clipped, error = fixed_point.encode(values, share=share)
         quantisation.append(Quantisation(num_clipped=num_clipped, largest_error=error))
@@ -248,11 +248,11 @@ class EncryptedSum:
     """
 
     def __init__(self, layout: VectorLayout, *, key_id: str, parameters: Parameters, round_number: int) -> None:
-        self._layout, self._parameters, self._adder = layout, parameters, Adder(parameters)
+        self._layout, self._parameters = layout, parameters
         self._header = VectorHeader(
             parameters=parameters.id, key=key_id, layout=layout.digest, round=round_number, sites=()
         )
-        self._totals: list[list[Any]] = []
+        self._chunks: list[Adder] = []
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -269,19 +269,18 @@ class EncryptedSum:
         """Check, then add one site's vector."""
         self.check(vector, site=site)
         for index, chunk in enumerate(vector.chunks):
-            ciphertexts = self._adder.read(chunk)
             if self.sites:
-                self._adder.add(self._totals[index], ciphertexts)
+                self._chunks[index].add(chunk)
             else:
-                self._totals.append(ciphertexts)
+                self._chunks.append(Adder(chunk))
         self._header = replace(self._header, sites=tuple(sorted((*self.sites, site))))
 
     def result(self) -> EncryptedVector:
         """The sum; this object is empty then."""
-        totals, self._totals = self._totals[::-1], []
+        adders, self._chunks = self._chunks[::-1], []
         chunks = []
-        while totals:
-            chunks.append(self._adder.records(totals.pop()))
+        while adders:
+            chunks.append(adders.pop().records())
         return EncryptedVector(header=self._header, chunks=tuple(chunks))
 
 
