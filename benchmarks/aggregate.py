@@ -192,7 +192,8 @@ class TrainRounds(FFEController):
     def rounds(self, shares: Mapping[str, SiteShare], fl_ctx: FLContext, abort_signal: Signal) -> AveragingRounds:
         federation = FederationConfig(min_sites=len(shares))
         conductor = Conductor(self, federation, fl_ctx, abort_signal, print)
-        return AveragingRounds(conductor=conductor, shares=shares, aggregation=PlainAverage(TrainingConfig(), shares, 1))
+        average = PlainAverage(TrainingConfig(), shares, 1)
+        return AveragingRounds(conductor=conductor, shares=shares, aggregation=average)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Nothing of the run folder is written here."""

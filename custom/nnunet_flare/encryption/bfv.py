@@ -130,7 +130,7 @@ class Adder:
     """
 
     def __init__(self, records: NDArray[np.uint8]) -> None:
-        self._total = _coefficients(records)
+        self._total = _coefficients(records).copy()
         self._seeds = [records[:, _POLYNOMIAL_BYTES:].copy()]
 
     def add(self, records: NDArray[np.uint8]) -> None:

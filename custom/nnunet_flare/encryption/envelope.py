@@ -1,7 +1,7 @@
 """A key on its way from one hospital to another, through a server that cannot read it.
 
-The key is encrypted with AES-256-GCM under a fresh key, that one with RSA-OAEP to the recipient's FLARE certificate, and
-the whole is signed by the sender (RSA-PSS): who receives it knows that a hospital made the key, not the server.
+The key is encrypted with AES-256-GCM under a fresh key, that one with RSA-OAEP to the recipient's FLARE certificate,
+and the whole is signed by the sender (RSA-PSS): who receives it knows that a hospital made the key, not the server.
 """
 
 from __future__ import annotations

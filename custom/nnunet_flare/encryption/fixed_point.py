@@ -32,12 +32,12 @@ class FixedPoint:
     @property
     def step(self) -> float:
         """Distance of two integers, in units of the values; the sum is off by at most ``num_sites * step / 2``."""
-        return self.max_abs / 2 ** (self.parameters.field_bits - 1)
+        return self.max_abs / (1 << (self.parameters.field_bits - 1))
 
     @property
     def largest_sum(self) -> int:
         """Bound of the sum's integers: ``largest / step + K / 2 <= 2^(bits - 1) - 64``."""
-        return int(2 ** (self.parameters.field_bits - 1)) - _RESERVE
+        return (1 << (self.parameters.field_bits - 1)) - _RESERVE
 
     @property
     def largest(self) -> float:

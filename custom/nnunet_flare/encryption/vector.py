@@ -310,7 +310,8 @@ def decrypt_vector(
         raise _refusal("sites in the sum", wanted, ", ".join(sites), "server")
     vector.check_chunks(layout, parameters, site="server")
     values = np.empty(layout.size, np.float64 if layout.max_abs is None else np.float32)
-    marks = sum(key.marks(expected.label(site), sum(layout.chunk_lengths(parameters))) for site in sites)
+    number = sum(layout.chunk_lengths(parameters))
+    marks = np.sum([key.marks(expected.label(site), number) for site in sites], axis=0)
     share, length = layout.share(sites), parameters.values_per_ciphertext
     for index, record in enumerate(record for chunk in vector.chunks for record in chunk):
         sums, mark = key.cipher.decrypt(record)

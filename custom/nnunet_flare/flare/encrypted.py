@@ -12,7 +12,7 @@ import numpy as np
 
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.sharing import Sharing
-from nnunet_flare.encryption.bfv import FRESH_BYTES
+from nnunet_flare.encryption.bfv import record_bytes
 from nnunet_flare.encryption.parameters import Parameters
 from nnunet_flare.encryption.vector import EncryptedSum, EncryptedVector, VectorLayout
 from nnunet_flare.errors import EncryptionError, ParticipationError
@@ -124,7 +124,7 @@ class EncryptedVectors:
         return told, arrays
 
     def most_bytes(self, group: str) -> int:
-        return FRESH_BYTES * sum(self.layouts[group].chunk_lengths(self._parameters)) + _HEADER_BYTES
+        return record_bytes(1) * sum(self.layouts[group].chunk_lengths(self._parameters)) + _HEADER_BYTES
 
     def begin(self, round_number: int) -> None:
         self._round = round_number

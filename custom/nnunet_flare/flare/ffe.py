@@ -17,9 +17,9 @@ from nnunet_flare.flare.controller import FederatedTraining
 from nnunet_flare.flare.encrypted import EncryptedVectors
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SitePlan, cast
+from nnunet_flare.flare.run import read_arrays, write_arrays
 from nnunet_flare.nnunet.network_plan import check_same_network_plans
 from nnunet_flare.nnunet.schema import check_schemas_match, dataset_json
-from nnunet_flare.flare.run import read_arrays, write_arrays
 from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["FFEController"]

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from nvflare.apis.filter import Filter
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -26,7 +25,7 @@ from nnunet_flare.flare.protocol import Message, read_message
 __all__ = ["BFVDecryptFilter", "BFVEncryptFilter"]
 
 _REQUEST, _RESULT = "nnunet_flare.request", "nnunet_flare.result"
-"""Where one filter leaves for the other what it found: task id and content. FLARE may use one context for many tasks."""
+"""Where a filter leaves what it found: task id and content, for FLARE may use one context for many tasks."""
 _ENCRYPTED_TASKS = (protocol.TRAIN, protocol.EXTRACT_FINGERPRINT)
 
 

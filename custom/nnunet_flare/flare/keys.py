@@ -1,7 +1,7 @@
 """A site's hold on the key of an encrypted run: open in memory, sealed on the disk, destroyed at the end.
 
-``<run>/encryption/key.json`` is the envelope that the key holder sealed for this site, as the server relayed it: what is
-needed to continue after a restart, and of no use without the site's private key. ``seen.json`` remembers the newest
+``<run>/encryption/key.json`` is the envelope that the key holder sealed for this site, as the server relayed it: what
+is needed to continue after a restart, and of no use without the site's private key. ``seen.json`` remembers the newest
 sum of each vector that was decrypted here, so that the server cannot go back to an older one.
 """
 
