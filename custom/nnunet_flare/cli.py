@@ -108,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SETTING=VALUE",
         help="what the sites share, such as sharing=cohort or keep_local='[\"norm\"]'; may be given many times",
     )
+    job.add_argument(
+        "--encrypt",
+        nargs="*",
+        metavar="SETTING=VALUE",
+        help="add the sites' layers and fingerprints encrypted; settings: key_holder=SITE, max_abs_weight=8",
+    )
     job.add_argument("--gpus", type=int, help="GPUs for each site's job under Kubernetes or Slurm")
     job.add_argument("--cross-site", action="store_true", help="score every site's model on every site in the end")
     job.set_defaults(command=_job)
@@ -211,7 +217,7 @@ def _show_policy(kit: Path) -> int:
 
 def _job(options: argparse.Namespace) -> int:
     from nnunet_flare.aggregation.sharing import SharingConfig
-    from nnunet_flare.flare.config import FederationConfig
+    from nnunet_flare.flare.config import EncryptionConfig, FederationConfig
     from nnunet_flare.nnunet.config import TrainingConfig
     from nnunet_flare.recipe import AsymFedAvgRecipe, FFERecipe
 
@@ -219,11 +225,14 @@ def _job(options: argparse.Namespace) -> int:
     federation = FederationConfig(min_sites=options.min_sites, cross_site=options.cross_site, num_gpus=options.gpus)
     sharing = dict(_setting(text) for text in options.sharing)
     config = SharingConfig.from_json(sharing)
+    encryption = None
+    if options.encrypt is not None:
+        encryption = EncryptionConfig.from_json(dict(_setting(text) for text in options.encrypt))
+    common = {"name": options.name, "training": training, "federation": federation, "encryption": encryption}
     if options.method == "asym_fedavg":
-        recipe = AsymFedAvgRecipe(name=options.name, training=training, federation=federation, sharing=config)
+        recipe = AsymFedAvgRecipe(**common, sharing=config)
     elif sharing.keys() <= {"keep_local"}:
-        keep_local = config.keep_local
-        recipe = FFERecipe(name=options.name, training=training, federation=federation, keep_local=keep_local)
+        recipe = FFERecipe(**common, keep_local=config.keep_local)
     else:
         raise ConfigError(
             field="sharing",

@@ -79,6 +79,7 @@ class EncryptionConfig:
                     found=repr(getattr(self, name)),
                     remedy="correct the job's encryption settings",
                 )
+        object.__setattr__(self, "max_abs_weight", float(self.max_abs_weight))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EncryptionConfig:
