@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from conftest import TINY_TRAINING, settings_of
 from loopback import Loopback
@@ -19,6 +18,7 @@ from nnunet_flare.flare.encrypted import EncryptedVectors
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.protocol import TRAIN
 from nnunet_flare.flare.run import read_arrays
+from nnunet_flare.nnunet.model import read_weights
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
 from nnunet_flare.storage import read_json
 
@@ -32,8 +32,7 @@ STEP = 2.0**-22
 
 def final_weights(home: Path, site: str, run: str) -> dict[str, np.ndarray]:
     (file,) = (home / site / "runs" / run / "nnUNet_results").rglob("checkpoint_final.pth")
-    stored = torch.load(file, map_location="cpu", weights_only=False)
-    return {name: value.numpy() for name, value in stored["network_weights"].items()}
+    return {name: value.numpy() for name, value in read_weights(file).items()}
 
 
 def newest_state(home: Path, run: str) -> dict[str, np.ndarray]:

@@ -148,9 +148,9 @@ class FederatedTraining(Controller, ABC):
                 self._say(_STOPPED)
             else:
                 reason = reason_of(error)
-                self._fail(reason)
                 if isinstance(reason, DecryptionError):
-                    self._forget_keys()
+                    self._forget_keys()  # first, for a failed job asks nobody anything
+                self._fail(reason)
             try:
                 self._leave_results(run, reason)
             except OSError as unwritten:
@@ -340,6 +340,8 @@ class FederatedTraining(Controller, ABC):
             known=before["key"] if before else None,
         )
         write_json(record, {"key": self._key, "parameters": self._parameters.id})
+        if self._fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
+            self._say("encrypted with throw-away certificates, for the simulator has no others: they protect nothing")
 
     def _forget_keys(self) -> None:
         """Ask every site to destroy its key; one that is not there keeps its sealed envelope until it is removed."""
