@@ -27,7 +27,6 @@ from nvflare.widgets.info_collector import InfoCollector
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.network import Network
 from nnunet_flare.aggregation.sharing import Sharing, SharingConfig
-from nnunet_flare.encryption.parameters import PARAMETERS, Parameters
 from nnunet_flare.errors import (
     ConfigError,
     DecryptionError,
@@ -40,13 +39,14 @@ from nnunet_flare.flare.conductor import Conductor, RunStoppedError
 from nnunet_flare.flare.config import EncryptionConfig, FederationConfig
 from nnunet_flare.flare.coverage import COVERAGE_FILE, COVERAGE_PICTURE, report_coverage
 from nnunet_flare.flare.curves import CURVES_FILE, draw_learning_curves
-from nnunet_flare.flare.encrypted import EncryptedAverage, agree_on_key, cohorts_of
+from nnunet_flare.flare.encrypted import EncryptedAverage, cohorts_of
 from nnunet_flare.flare.history import CSV_FILE, JSON_FILE, RoundRecord, RunHistory
 from nnunet_flare.flare.protocol import Message
 from nnunet_flare.flare.replies import SiteDescription, SiteLayers, cast, check_versions
 from nnunet_flare.flare.results import PROGRESS, leave_results, reason_of
 from nnunet_flare.flare.rounds import Aggregation, AveragingRounds, PlainAverage, SiteShare
 from nnunet_flare.flare.run import RunFolder
+from nnunet_flare.flare.run_key import agree_on_key, forget_key
 from nnunet_flare.flare.scoring import Scoring
 from nnunet_flare.flare.series import series_of
 from nnunet_flare.nnunet.config import TrainingConfig
@@ -304,7 +304,7 @@ class FederatedTraining(Controller, ABC):
             self._say("only one site trains: this is no federation; set min_sites to wait for the others")
 
     def _check_sums_are_large_enough(self, members: Collection[str], described: Mapping[str, SiteDescription]) -> None:
-        """No group has fewer sites than each of them demands; and no more than the scheme bears."""
+        """No group has fewer sites than each of them demands."""
         least = max(description.min_sites_in_sum for description in described.values())
         if len(members) < least:
             raise ConfigError(
@@ -315,40 +315,22 @@ class FederatedTraining(Controller, ABC):
                 site=max(described, key=lambda site: described[site].min_sites_in_sum),
             )
         self._sharing_config = replace(self._sharing_config, min_cohort=max(least, self._sharing_config.min_cohort))
-        self._parameters = Parameters.for_sites(len(members))
 
     def _agree_on_key(self) -> None:
         """Every site holds the run's key; the server knows its name."""
-        record = self._folder / KEY_FILE
-        before = read_json(record) if record.exists() else None
-        if before and before["parameters"] != self._parameters.id:
-            most = PARAMETERS[before["parameters"]].max_sites
-            if len(self._training_sites) > most:
-                raise ConfigError(
-                    field="sites that train",
-                    expected=f"{most} at most, for the key that this run began with",
-                    found=str(len(self._training_sites)),
-                    remedy="start a run of another name with all sites",
-                )
-            self._parameters = PARAMETERS[before["parameters"]]
         self._key = agree_on_key(
-            self._conductor.ask_every,
+            self._conductor,
             self._request_content(),
             sites=self._sites,
             holder=self._encryption.key_holder or self._training_sites[0],
-            parameters=self._parameters,
-            known=before["key"] if before else None,
+            num_sites=len({*self._training_sites, *(self._sharing.networks if self._sharing else ())}),
+            record=self._folder / KEY_FILE,
         )
-        write_json(record, {"key": self._key, "parameters": self._parameters.id})
         if self._fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
             self._say("encrypted with throw-away certificates, for the simulator has no others: they protect nothing")
 
     def _forget_keys(self) -> None:
-        """Ask every site to destroy its key; one that is not there keeps its sealed envelope until it is removed."""
-        asked = dict.fromkeys(self._sites, (protocol.FORGET_KEY, Message(content=self._request_content())))
-        with contextlib.suppress(NNUNetFlareError, RunStoppedError):
-            for error in self._conductor.ask(asked, lambda site, reply: None).failures.values():
-                self._say(f"the key was not destroyed: {error}")
+        forget_key(self._conductor, self._request_content(), self._sites, self._say)
 
     def _agree_on_layers(self) -> None:
         """Every site preprocesses and opens its training; what they share is settled once for the run."""
@@ -387,7 +369,6 @@ class FederatedTraining(Controller, ABC):
             max_abs=self._encryption.max_abs_weight,
             min_cohort=self._sharing_config.min_cohort,
             key=self._key,
-            parameters=self._parameters,
         )
 
     def _share(self, site: str, opened: SiteLayers) -> SiteShare:

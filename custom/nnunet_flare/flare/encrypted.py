@@ -1,10 +1,10 @@
-"""The server's side of encryption: it relays a key that it cannot read, and adds vectors that it cannot read."""
+"""Encrypted values at the server, which adds what it cannot read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,92 +13,16 @@ import numpy as np
 from nnunet_flare.aggregation.layers import Layers
 from nnunet_flare.aggregation.sharing import Sharing
 from nnunet_flare.encryption.bfv import record_bytes
-from nnunet_flare.encryption.parameters import Parameters
 from nnunet_flare.encryption.vector import EncryptedSum, EncryptedVector, VectorLayout
-from nnunet_flare.errors import EncryptionError, ParticipationError
-from nnunet_flare.flare import protocol
+from nnunet_flare.errors import EncryptionError
 from nnunet_flare.flare.protocol import Message
-from nnunet_flare.flare.replies import cast
 from nnunet_flare.flare.rounds import SiteShare
+from nnunet_flare.flare.run_key import RunKey
 
-__all__ = ["Cohort", "EncryptedAverage", "EncryptedVectors", "agree_on_key", "cohorts_of"]
+__all__ = ["Cohort", "EncryptedAverage", "EncryptedVectors", "cohorts_of"]
 
 _LAYOUT = "layout"
 _HEADER_BYTES = 1 << 16
-
-
-def agree_on_key(
-    ask: Callable[[Mapping[str, tuple[str, Message]]], dict[str, Message]],
-    content: Mapping[str, Any],
-    *,
-    sites: Mapping[str, str],
-    holder: str,
-    parameters: Parameters,
-    known: str | None,
-) -> str:
-    """Have every site hold the run's key; the key holder makes it, or seals it again for those that lack it.
-
-    Args:
-        ask: Asks sites something that each must answer.
-        content: What every request says of the run.
-        sites: Site -> role.
-        holder: The hospital that makes the key.
-        parameters: Of the scheme.
-        known: Id of the key that the run began with, or None.
-
-    Returns:
-        The key's id.
-
-    Raises:
-        EncryptionError: a site refuses a certificate or an envelope, or the run's key is lost at its holder.
-    """
-    replies = ask(dict.fromkeys(sites, (protocol.CERTIFICATE, Message(content=content))))
-    told = {site: cast(site, reply, _certificate) for site, reply in replies.items()}
-    lacking = {site: pem for site, (pem, key) in told.items() if key is None or key != known}
-    if known is not None and not lacking:
-        return known
-    if holder not in sites:
-        raise ParticipationError(
-            field="key_holder",
-            expected=f"one of {', '.join(sites)}",
-            found=holder,
-            remedy="correct the job, or start it",
-        )
-    if known is not None and holder in lacking:
-        raise EncryptionError(
-            field="key",
-            expected="the key that this run began with",
-            found="none",
-            remedy="restore the run's folder at this site, or start a run of another name",
-            site=holder,
-        )
-    question = {**content, "parameters": parameters.id, "certificates": lacking}
-    made = ask({holder: (protocol.MAKE_KEY, Message(content=question))})[holder]
-    key, envelopes = cast(
-        holder, made, lambda sent: (str(sent["key"]), {site: sent["envelopes"][site] for site in lacking})
-    )
-    requests = {
-        site: (protocol.RECEIVE_KEY, Message(content={**content, "envelope": envelope}))
-        for site, envelope in envelopes.items()
-    }
-    received = {site: cast(site, reply, lambda sent: str(sent["key"])) for site, reply in ask(requests).items()}
-    for site, found in {holder: key, **received}.items():
-        if found != (known or key):
-            raise EncryptionError(
-                field="key",
-                expected=known or key,
-                found=found,
-                remedy="start a run of another name for a new key",
-                site=site,
-            )
-    return key
-
-
-def _certificate(content: Mapping[str, Any]) -> tuple[str, str | None]:
-    pem, key = content["certificate"], content["key"]
-    if not isinstance(pem, str) or not isinstance(key, str | None):
-        raise TypeError("a certificate and the id of a key")
-    return pem, key
 
 
 class EncryptedVectors:
@@ -108,12 +32,11 @@ class EncryptedVectors:
 
     Args:
         layouts: Group -> what its vectors hold.
-        key: Id of the run's key.
-        parameters: Of the scheme.
+        key: Of the run.
     """
 
-    def __init__(self, layouts: Mapping[str, VectorLayout], *, key: str, parameters: Parameters) -> None:
-        self.layouts, self._key, self._parameters = layouts, key, parameters
+    def __init__(self, layouts: Mapping[str, VectorLayout], key: RunKey) -> None:
+        self.layouts, self._key = layouts, key
 
     def request(self, group: str, values: Layers) -> tuple[dict[str, Any], Layers]:
         """What a site is told of a group, and its sum if there is one."""
@@ -124,12 +47,12 @@ class EncryptedVectors:
         return told, arrays
 
     def most_bytes(self, group: str) -> int:
-        return record_bytes(1) * sum(self.layouts[group].chunk_lengths(self._parameters)) + _HEADER_BYTES
+        return record_bytes(1) * sum(self.layouts[group].chunk_lengths(self._key.parameters)) + _HEADER_BYTES
 
     def begin(self, round_number: int) -> None:
         self._round = round_number
         self._sums = {
-            group: EncryptedSum(layout, key_id=self._key, parameters=self._parameters, round_number=round_number)
+            group: EncryptedSum(layout, key_id=self._key.id, parameters=self._key.parameters, round_number=round_number)
             for group, layout in self.layouts.items()
         }
 
@@ -212,8 +135,7 @@ class EncryptedAverage:
         scope: Of this run and fold.
         max_abs: Weights beyond it are clipped.
         min_cohort: Vectors that a cohort needs in a round; with fewer its layers keep their values.
-        key: Id of the run's key.
-        parameters: Of the scheme.
+        key: Of the run.
     """
 
     def __init__(
@@ -224,8 +146,7 @@ class EncryptedAverage:
         scope: str,
         max_abs: float,
         min_cohort: int,
-        key: str,
-        parameters: Parameters,
+        key: RunKey,
     ) -> None:
         self._shares, self._min_cohort = shares, min_cohort
         self._cohorts = {cohort.id: cohort for cohort in cohorts}
@@ -238,7 +159,7 @@ class EncryptedAverage:
             )
             for name, cohort in self._cohorts.items()
         }
-        self._vectors = EncryptedVectors(layouts, key=key, parameters=parameters)
+        self._vectors = EncryptedVectors(layouts, key)
 
     def _groups(self, site: str) -> tuple[str, ...]:
         held = set(self._shares[site].names.values())

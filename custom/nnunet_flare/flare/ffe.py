@@ -86,7 +86,7 @@ class FFEController(FederatedTraining):
             weights=dict.fromkeys(self._training_sites, 1),
             max_abs=None,
         )
-        vectors = EncryptedVectors({protocol.FINGERPRINT: layout}, key=self._key, parameters=self._parameters)
+        vectors = EncryptedVectors({protocol.FINGERPRINT: layout}, self._key)
         record = self._folder / "fingerprint_sum.npz"
         if not record.exists():
             vectors.begin(0)
