@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives import hashes
 
 from conftest import TINY_TRAINING, settings_of
 from loopback import Loopback
@@ -17,8 +18,10 @@ from nnunet_flare.flare import keys
 from nnunet_flare.flare.asym import AsymFedAvgController
 from nnunet_flare.flare.encrypted import EncryptedVectors
 from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.flare.identity import throw_away_identity
 from nnunet_flare.flare.protocol import TRAIN
 from nnunet_flare.flare.run import read_arrays
+from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -33,6 +36,16 @@ def final_weights(home: Path, site: str, run: str) -> dict[str, np.ndarray]:
     (file,) = (home / site / "runs" / run / "nnUNet_results").rglob("checkpoint_final.pth")
     stored = torch.load(file, map_location="cpu", weights_only=False)
     return {name: value.numpy() for name, value in stored["network_weights"].items()}
+
+
+def pin_each_other(home: Path, folder: Path, sites: tuple[str, ...]) -> None:
+    """Each site's settings name the certificates of the others, and nobody else's."""
+    pins = {
+        site: throw_away_identity(SiteSettings(site=site, home=home)).certificate.fingerprint(hashes.SHA256()).hex()
+        for site in sites
+    }
+    for site in sites:
+        settings_of(site, folder, peers={name: pin for name, pin in pins.items() if name != site})
 
 
 def newest_state(home: Path, run: str) -> dict[str, np.ndarray]:
@@ -179,6 +192,25 @@ def test_unlike_networks_share_encrypted_and_each_cohort_is_a_vector_of_its_own(
     members = [json.loads(state[f"{group}/header"].tobytes())["sites"] for group in groups]
     assert list(SITES) in members
     assert all(len(sites) >= 2 for sites in members)
+
+
+def test_sites_that_pin_each_other_s_certificates_share_a_key(demo_home: Path, tmp_path: Path):
+    pin_each_other(demo_home, tmp_path, SITES)
+    federation = Loopback(tmp_path, SITES)
+    federation.run("pinned", ONE_ROUND | {"stop_after": "plan"}, encryption=ENCRYPTION)
+    assert federation.panics == []
+
+
+@pytest.mark.parametrize("holder", ["site-1", "site-3"])
+def test_a_site_that_the_others_have_not_pinned_gets_no_key_and_gives_none(
+    demo_home: Path, tmp_path: Path, holder: str
+):
+    pin_each_other(demo_home, tmp_path, SITES[:2])
+    federation = Loopback(tmp_path, SITES)
+    federation.run("unpinned", ONE_ROUND | {"stop_after": "plan"}, encryption={"key_holder": holder})
+    assert "peers: expected one of site-" in federation.panics[0]
+    assert "found site-3" in federation.panics[0]
+    assert not (demo_home / SITES[1] / "runs" / "unpinned" / "encryption" / "key.json").exists()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
