@@ -18,6 +18,7 @@ import pytest
 from local_federation import free_ports
 
 from conftest import TINY_TRAINING
+from nnunet_flare.provision.kit import StartupKit
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
@@ -145,6 +146,8 @@ def test_every_command_of_the_deployment_page_runs(parties: Parties):
     assert list((parties.of("lead") / "results" / "model").rglob("checkpoint_final.pth"))
 
     assert "signed by the site" in parties.run("hospital")
+    assert "signed by the site" in parties.run("hospital")
+    assert StartupKit.read(parties.of("hospital") / "hospital-a").policy.require_encryption
     parties.run("hospital")
     give_up = time.monotonic() + 60
     while (left := parties.running(parties.of("hospital"))) and time.monotonic() < give_up:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_flare.flare.protocol import KEY_TASKS
 from nnunet_flare.recipe import JOBS
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +30,25 @@ def test_the_committed_job_equals_its_recipe(name: str, tmp_path: Path):
         return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
     assert files(ROOT / "jobs" / name) == files(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name.endswith("_he")])
+def test_an_encrypted_job_is_its_plain_twin_with_a_key_and_filters_on_every_task(name: str):
+    files = ("meta.json", "app/config/config_fed_server.json", "app/config/config_fed_client.json")
+    twin = [json.loads((ROOT / "jobs" / name.removesuffix("_he") / file).read_text()) for file in files]
+    meta, server, client = (json.loads((ROOT / "jobs" / name / file).read_text()) for file in files)
+    (workflow,), (executor,) = server["workflows"], client["executors"]
+    tasks = executor["tasks"]
+    for side, kind in (("task_data_filters", "BFVDecryptFilter"), ("task_result_filters", "BFVEncryptFilter")):
+        filters = [{"path": f"nnunet_flare.flare.filters.{kind}", "args": {}}]
+        assert client[side] == [{"tasks": tasks, "filters": filters}]
+        client[side] = []
+    assert meta.pop("name") == workflow["args"].pop("run") == name
+    assert twin[0].pop("name") == twin[1]["workflows"][0]["args"].pop("run") == name.removesuffix("_he")
+    assert workflow["args"].pop("encryption")
+    executor["tasks"] = [task for task in tasks if task not in KEY_TASKS]
+    assert tasks == [*executor["tasks"], *KEY_TASKS]
+    assert [meta, server, client] == twin
 
 
 @pytest.mark.parametrize("module", ["nnunet_flare.flare.ffe", "nnunet_flare.flare.executor", "nnunet_flare.cli"])

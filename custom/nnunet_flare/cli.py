@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     for action, run in ((install, _policy_install), (record, _policy_record)):
         action.add_argument("kit", type=Path, help="start-up kit of a hospital or of the server")
         action.set_defaults(command=run)
+    install.add_argument(
+        "--require-encryption",
+        action=argparse.BooleanOptionalAction,
+        help="refuse jobs without encryption at this hospital (default: as the kit's policy says already)",
+    )
 
     job = commands.add_parser("job", help="write a FLARE job folder with your settings")
     job.add_argument("name", help="name of the job and of its run")
@@ -194,7 +199,10 @@ def _policy_install(options: argparse.Namespace) -> int:
     from nnunet_flare.provision.kit import StartupKit
 
     kit = StartupKit.read_site(options.kit)
-    install_policy(kit.folder, kit.policy)
+    policy = kit.policy
+    if options.require_encryption is not None:
+        policy = replace(policy, require_encryption=options.require_encryption)
+    install_policy(kit.folder, policy)
     return _show_policy(kit.folder)
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
+from nvflare.apis.job_def import ALL_SITES
 from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
-from nvflare.job_config.defs import FilterType
 from nvflare.recipe.spec import Recipe
 
 from nnunet_flare.aggregation.sharing import SharingConfig
@@ -54,8 +54,9 @@ class FederatedTrainingRecipe(Recipe):
         tasks = list(TASKS + KEY_TASKS if encrypted else TASKS)
         job.to_clients(NNUNetExecutor(), tasks=tasks)
         if encrypted:  # every task by its name: FLARE takes "*" for the name of a task
-            job.to_clients(BFVDecryptFilter(), filter_type=FilterType.TASK_DATA, tasks=tasks)
-            job.to_clients(BFVEncryptFilter(), filter_type=FilterType.TASK_RESULT, tasks=tasks)
+            client = job._deploy_map[ALL_SITES].app_config  # to_clients keeps tasks as a set, exported in any order
+            client.task_data_filters.append((tasks, [BFVDecryptFilter()]))
+            client.task_result_filters.append((tasks, [BFVEncryptFilter()]))
         job.add_file_to_clients(str(_MARKER))
         super().__init__(job)
 

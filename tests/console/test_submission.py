@@ -16,6 +16,7 @@ from nnunet_flare.console.submission import prepare_job, read_controller
 from nnunet_flare.errors import ConfigError
 from nnunet_flare.flare.config import FederationConfig
 from nnunet_flare.nnunet.config import TrainingConfig
+from nnunet_flare.recipe import JOBS as RECIPES
 from nnunet_flare.recipe import AsymFedAvgRecipe, FFERecipe
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -39,7 +40,7 @@ def refusal(job: Path, tmp_path: Path) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["ffe", "asym_fedavg"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_committed_job_is_sent_as_it_is_but_without_the_marker(name: str, tmp_path: Path):
     prepared = prepare_job(JOBS / name, tmp_path)
     assert prepared.run == prepared.folder.name == name

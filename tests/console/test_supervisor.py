@@ -14,10 +14,13 @@ from nnunet_flare.console.supervisor import Supervisor
 from nnunet_flare.errors import (
     ConfigError,
     DatasetError,
+    DecryptionError,
+    EncryptionError,
     LayerMismatchError,
     NNUNetFlareError,
     ParticipationError,
     PlansError,
+    PolicyError,
     RefusedError,
     StateError,
     UnreachableError,
@@ -150,7 +153,19 @@ def test_what_may_pass_by_itself_is_tried_again(kind):
     assert len(server.tokens) == 2
 
 
-@pytest.mark.parametrize("kind", [ConfigError, DatasetError, PlansError, LayerMismatchError, NNUNetFlareError])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ConfigError,
+        DatasetError,
+        DecryptionError,
+        EncryptionError,
+        LayerMismatchError,
+        NNUNetFlareError,
+        PlansError,
+        PolicyError,
+    ],
+)
 def test_what_somebody_must_correct_first_is_not_tried_again(kind):
     server = FakeServer([Look(status=LOST)], errors={"job-1": error(kind)})
     with pytest.raises(kind, match="site-2: thing: expected one, found another; mend it"):

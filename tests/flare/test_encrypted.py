@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import hashes
 
 from conftest import TINY_TRAINING, settings_of
 from loopback import Loopback
@@ -16,10 +17,12 @@ from nnunet_flare.flare import filters, keys
 from nnunet_flare.flare.asym import AsymFedAvgController
 from nnunet_flare.flare.encrypted import EncryptedVectors
 from nnunet_flare.flare.history import RunHistory
+from nnunet_flare.flare.identity import throw_away_identity
 from nnunet_flare.flare.protocol import TRAIN
 from nnunet_flare.flare.run import read_arrays
 from nnunet_flare.nnunet.model import read_weights
 from nnunet_flare.nnunet.phantoms import write_demo_dataset
+from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -33,6 +36,16 @@ STEP = 2.0**-22
 def final_weights(home: Path, site: str, run: str) -> dict[str, np.ndarray]:
     (file,) = (home / site / "runs" / run / "nnUNet_results").rglob("checkpoint_final.pth")
     return {name: value.numpy() for name, value in read_weights(file).items()}
+
+
+def pin_each_other(home: Path, folder: Path, sites: tuple[str, ...]) -> None:
+    """Each site's settings name the certificates of the others, and nobody else's."""
+    pins = {
+        site: throw_away_identity(SiteSettings(site=site, home=home)).certificate.fingerprint(hashes.SHA256()).hex()
+        for site in sites
+    }
+    for site in sites:
+        settings_of(site, folder, peers={name: pin for name, pin in pins.items() if name != site})
 
 
 def newest_state(home: Path, run: str) -> dict[str, np.ndarray]:
@@ -227,6 +240,25 @@ def test_a_cohort_with_too_few_answers_keeps_its_layers_and_the_others_go_on(mix
     plain = [name for name, array in state.items() if array.dtype == np.float32]
     assert record.unchanged_layers == len(plain) > 0
     assert [name for name in state if name.endswith("/header")]
+
+
+def test_sites_that_pin_each_other_s_certificates_share_a_key(demo_home: Path, tmp_path: Path):
+    pin_each_other(demo_home, tmp_path, SITES)
+    federation = Loopback(tmp_path, SITES)
+    federation.run("pinned", ONE_ROUND | {"stop_after": "plan"}, encryption=ENCRYPTION)
+    assert federation.panics == []
+
+
+@pytest.mark.parametrize("holder", ["site-1", "site-3"])
+def test_a_site_that_the_others_have_not_pinned_gets_no_key_and_gives_none(
+    demo_home: Path, tmp_path: Path, holder: str
+):
+    pin_each_other(demo_home, tmp_path, SITES[:2])
+    federation = Loopback(tmp_path, SITES)
+    federation.run("unpinned", ONE_ROUND | {"stop_after": "plan"}, encryption={"key_holder": holder})
+    assert "peers: expected one of site-" in federation.panics[0]
+    assert "found site-3" in federation.panics[0]
+    assert not (demo_home / SITES[1] / "runs" / "unpinned" / "encryption" / "key.json").exists()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

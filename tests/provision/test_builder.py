@@ -1,4 +1,4 @@
-"""Certificates' lifetimes, and their renewal."""
+"""Certificates' lifetimes and their renewal; what the builders' arguments put into kits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 from cryptography import x509
 from local_federation import SERVER, LocalFederation
+
+from nnunet_flare.provision.kit import StartupKit
+from nnunet_flare.provision.manifest import PROJECT, PolicyManifest
 
 
 def builder_args(federation: LocalFederation, name: str) -> dict[str, Any]:
@@ -39,6 +42,15 @@ def test_no_certificate_outlives_the_ca(tmp_path: Path):
     builder_args(federation, "ParticipantCertBuilder").update(valid_days=90, root_valid_days=40)
     federation.provision()
     assert days_left(federation.kits["hospital-a"]) == 40
+
+
+def test_central_provisioning_can_require_encryption_of_all_hospitals(tmp_path: Path):
+    federation = LocalFederation(tmp_path)
+    builder_args(federation, "SitePolicyBuilder").update(require_encryption=True)
+    federation.provision()
+    required = {name: StartupKit.read_site(federation.kits[name]).policy for name in (SERVER, *federation.sites)}
+    assert {name for name, policy in required.items() if policy.require_encryption} == set(federation.sites)
+    assert PolicyManifest.check(federation.kits["hospital-a"]).signer == PROJECT
 
 
 def test_provisioning_again_renews_what_ends_soon_and_nothing_else(tmp_path: Path):

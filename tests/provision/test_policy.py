@@ -2,23 +2,29 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FilterKey, FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.fl_exception import UnsafeComponentError
 from nvflare.apis.workspace import Workspace
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.fuel.sec.authz import AuthzContext, Person
+from nvflare.private.fed.app.fl_conf import create_privacy_manager
 from nvflare.security.security import FLAuthorizer
 
+from nnunet_flare.cli import main
 from nnunet_flare.errors import ConfigError
+from nnunet_flare.flare.filters import BFVDecryptFilter, BFVEncryptFilter
 from nnunet_flare.provision.builder import install_policy
 from nnunet_flare.provision.guard import PolicyGuard
+from nnunet_flare.provision.kit import StartupKit
 from nnunet_flare.provision.manifest import PolicyManifest
 from nnunet_flare.provision.policy import READER_ROLES, SitePolicy, policy_files
 from nnunet_flare.provision.requests import RequestGate
@@ -35,6 +41,9 @@ LIKE_FLARES = {
     ],
 }
 """A client's resources as FLARE would have them at its most generous."""
+IN, OUT = {"path": "a.In", "args": {}}, {"path": "a.Out", "args": {"sigma": 1}, "direction": "out"}
+DECRYPT = {"path": "nnunet_flare.flare.filters.BFVDecryptFilter", "args": {}}
+ENCRYPT = {"path": "nnunet_flare.flare.filters.BFVEncryptFilter", "args": {}}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,11 @@ def test_every_allowed_path_is_a_class_and_no_package(provisioned, name):
 
 def test_nothing_of_flares_own_list_is_left():
     resources = policy_files(SitePolicy(), LIKE_FLARES)["resources.json"]
-    assert resources["class_allow_list"] == ["nnunet_flare.flare.executor.NNUNetExecutor"]
+    assert resources["class_allow_list"] == [
+        "nnunet_flare.flare.executor.NNUNetExecutor",
+        "nnunet_flare.flare.filters.BFVDecryptFilter",
+        "nnunet_flare.flare.filters.BFVEncryptFilter",
+    ]
     assert resources["class_list_enforcement_mode"] == "enforce"
     assert resources["allow_log_streaming"] is False
     assert [item["id"] for item in resources["components"]] == ["policy_guard", "request_gate", "resource_manager"]
@@ -113,12 +126,70 @@ def test_a_client_s_resources_are_no_server_s():
 
 
 def test_the_sites_filters_are_in_its_only_scope():
-    data, result = {"path": "a.In", "args": {}}, {"path": "a.Out", "args": {"sigma": 1}, "direction": "out"}
-    policy = SitePolicy(task_data_filters=[data], task_result_filters=[result])
+    policy = SitePolicy(task_data_filters=[IN], task_result_filters=[OUT])
     privacy = policy_files(policy, LIKE_FLARES)["privacy.json"]
     (scope,) = privacy["scopes"]
     assert privacy["default_scope"] == scope["name"]
-    assert (scope["task_data_filters"], scope["task_result_filters"]) == ([data], [result])
+    assert (scope["task_data_filters"], scope["task_result_filters"]) == ([IN], [OUT])
+
+
+def test_a_site_that_requires_encryption_decrypts_first_and_encrypts_last():
+    policy = SitePolicy(task_data_filters=[IN], task_result_filters=[OUT], require_encryption=True)
+    (scope,) = policy_files(policy, LIKE_FLARES)["privacy.json"]["scopes"]
+    assert scope["task_data_filters"] == [DECRYPT, IN]
+    assert scope["task_result_filters"] == [OUT, ENCRYPT]
+
+
+def test_flare_builds_the_filters_of_encryption_from_the_kit_in_the_direction_that_they_work_in(provisioned, tmp_path):
+    kit = shutil.copytree(provisioned["hospital-a"], tmp_path / "hospital-a")
+    install_policy(kit, replace(StartupKit.read(kit).policy, require_encryption=True))
+    manager = create_privacy_manager(Workspace(str(kit), kit.name), names_only=False)
+    scope = manager.get_scope(None)
+    kinds = [
+        [type(item) for item in filters[direction]]
+        for filters in (scope.task_data_filters, scope.task_result_filters)
+        for direction in (FilterKey.IN, FilterKey.OUT)
+    ]
+    assert kinds == [[BFVDecryptFilter], [], [], [BFVEncryptFilter]]
+
+
+def test_the_server_cannot_require_encryption(provisioned):
+    with pytest.raises(ConfigError, match="require_encryption: expected a hospital's policy"):
+        SitePolicy(server=True, require_encryption=True)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_kit_s_policy_is_what_was_installed(provisioned, tmp_path, required):
+    kit = shutil.copytree(provisioned["hospital-a"], tmp_path / "hospital-a")
+    policy = SitePolicy(task_data_filters=[IN], task_result_filters=[OUT], require_encryption=required)
+    install_policy(kit, policy)
+    found = StartupKit.read(kit).policy
+    assert found == policy
+    before = local(kit, "privacy.json")
+    install_policy(kit, found)
+    assert local(kit, "privacy.json") == before
+
+
+@pytest.mark.parametrize("left", ["task_data_filters", "task_result_filters"])
+def test_one_filter_of_encryption_is_read_as_both(left):
+    scope = policy_files(SitePolicy(require_encryption=True), LIKE_FLARES)["privacy.json"]["scopes"][0]
+    assert SitePolicy.of_scope({left: scope[left]}, server=False).require_encryption
+
+
+def test_the_command_requires_encryption_and_keeps_it_until_it_is_told_otherwise(provisioned, tmp_path, capsys):
+    kit = shutil.copytree(provisioned["hospital-a"], tmp_path / "hospital-a")
+    for options, expected in (
+        ([], False), (["--require-encryption"], True), ([], True), (["--no-require-encryption"], False),
+    ):  # fmt: skip
+        assert main(["policy", "install", str(kit), *options]) == 0
+        assert StartupKit.read(kit).policy.require_encryption is expected
+        assert (DECRYPT in local(kit, "privacy.json")["scopes"][0]["task_data_filters"]) is expected
+        assert "local/privacy.json" in PolicyManifest.check(kit).files
+    capsys.readouterr()
+    before = local(provisioned["localhost"], "privacy.json")
+    assert main(["policy", "install", str(provisioned["localhost"]), "--require-encryption"]) == 1
+    assert "require encryption in the hospitals' kits" in capsys.readouterr().err
+    assert local(provisioned["localhost"], "privacy.json") == before
 
 
 MAY = {

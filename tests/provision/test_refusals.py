@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from nvflare.fuel.hci.client import file_transfer
 from nvflare.lighter.tool_consts import NVFLARE_SIG_FILE
 
+from commands import run
+from nnunet_flare.flare.config import EncryptionConfig
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.provision.manifest import SIGNATURE_FILE, PolicyManifest
 from nnunet_flare.recipe import FFERecipe
@@ -386,6 +388,53 @@ def test_two_runs_of_one_name_at_once_are_one_too_many(
         log = server_log(lead, records["second"]["job_id"], tmp_path)
     assert "folder of twice: expected a run that nobody else works on" in log
     assert records["first"]["status"] == "FINISHED:ABORTED"  # it was still at work
+
+
+# --- what a site demands ----------------------------------------------------------------------------------------------
+
+
+def outcome(session: Session, job_id: str, folder: Path) -> Any:
+    """Why a job ended, as its submitter fetches it; None is success."""
+    left = Path(session.download_job_result(job_id, str(folder))) / "workspace" / "nnunet_flare" / "outcome.json"
+    return json.loads(left.read_text())["error"]
+
+
+def test_a_site_that_requires_encryption_refuses_a_plain_job_at_its_first_task_and_runs_an_encrypted_one(
+    federation: LocalFederation, tmp_path: Path
+):
+    kit, kept = federation.kits[SITE], tmp_path / "kept"
+    plain = write_job(tmp_path, "in_clear_text")
+    training = TrainingConfig(configuration="2d", num_foreground_voxels=10_000, stop_after="fingerprint")
+    FFERecipe(name="in_cipher_text", training=training, encryption=EncryptionConfig()).export(str(tmp_path))
+    encrypted = tmp_path / "in_cipher_text"
+    shutil.rmtree(encrypted / "app" / "custom")
+    shutil.copytree(kit / "local", kept)
+    federation.stop(SITE)
+    try:
+        told = run("nnunet-flare", "policy", "install", kit, "--require-encryption", folder=tmp_path)
+        assert told.startswith("signed by the site:")
+        federation.start(SITE)
+        refused = federation.run_job(plain)
+        accepted = federation.run_job(encrypted)
+    finally:
+        federation.stop(SITE)
+        shutil.rmtree(kit / "local")
+        shutil.copytree(kept, kit / "local")
+        federation.start(SITE)
+        with federation.session() as session:
+            federation.wait_for_sites(session)
+    assert refused["status"] == "FINISHED:EXECUTION_EXCEPTION"
+    with federation.session() as session:
+        error = outcome(session, refused["job_id"], tmp_path)
+        assert outcome(session, accepted["job_id"], tmp_path) is None
+    assert (error["code"], error["site"], error["field"]) == ("encryption", SITE, "job")
+    assert error["expected"] == "an encrypted one, as this site's policy says"
+    assert not (federation.home / SITE / "runs" / "in_clear_text").exists()
+    assert accepted["status"] == "FINISHED:COMPLETED"
+    sealed = [
+        federation.home / site / "runs" / "in_cipher_text" / "encryption" / "key.json" for site in federation.sites
+    ]
+    assert all(file.exists() for file in sealed)
 
 
 # --- who may do what --------------------------------------------------------------------------------------------------

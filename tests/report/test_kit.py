@@ -22,10 +22,11 @@ from cryptography.x509.oid import NameOID
 
 from nnunet_flare.cli import main
 from nnunet_flare.errors import ConfigError
+from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.provision.kit import StartupKit
 from nnunet_flare.provision.manifest import SITE, PolicyManifest
 from nnunet_flare.report import connection
-from nnunet_flare.report.doctor import FAIL, OK, WARN, Check
+from nnunet_flare.report.doctor import FAIL, OK, WARN, Check, doctor_text
 from nnunet_flare.report.kit import check_kit, diagnose_kit
 
 if TYPE_CHECKING:
@@ -160,9 +161,44 @@ def test_a_sound_hospital_is_told_what_it_has_and_nothing_is_written(hospital, s
     assert f"to {end}" in checks["server certificate dates"].seen
     assert checks["server"].seen == f"localhost:{port} proved to be localhost, and accepted this kit's certificate"
     assert checks["policy files"].seen.endswith("files as signed by the project")
-    assert checks["allow list"].seen == "NNUNetExecutor; enforced"
+    assert checks["allow list"].seen == "BFVDecryptFilter, BFVEncryptFilter, NNUNetExecutor; enforced"
+    assert checks["privacy scope"].seen == "nnunet_flare, default_scope nnunet_flare; encryption not required"
     assert checks["FLARE"].seen == "no process of this kit on this machine"
     assert {file: file.stat().st_mtime_ns for file in hospital.rglob("*")} == before
+
+
+def test_a_peer_is_told_the_fingerprint_that_openssl_prints(hospital):
+    command = ["openssl", "x509", "-noout", "-fingerprint", "-sha256", "-in", str(hospital / "startup" / "client.crt")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
+    seen = rows(hospital)["fingerprint"].seen
+    assert seen == printed.replace(":", "").lower()
+    assert SiteSettings(site="another", peers={HOSPITAL: seen}).peers == {HOSPITAL: seen}
+    assert seen in doctor_text(list(check_kit(StartupKit.read(hospital))))  # on one line
+
+
+def test_a_site_that_requires_encryption_is_told_so(hospital, capsys):
+    assert main(["policy", "install", str(hospital), "--require-encryption"]) == 0
+    assert rows(hospital)["privacy scope"].seen.endswith("; encryption required")
+    assert "privacy scope" not in failed(hospital)
+
+
+@pytest.mark.parametrize("side", ["task_data_filters", "task_result_filters"])
+def test_encryption_that_is_not_where_it_belongs_fails(hospital, side, capsys):
+    main(["policy", "install", str(hospital), "--require-encryption"])
+    other = {"path": "a.Filter", "args": {}}
+
+    def misplace(privacy: dict[str, Any]) -> None:
+        filters = privacy["scopes"][0][side]
+        filters.insert(0 if side == "task_data_filters" else 1, other)
+
+    edit(hospital / "local" / "privacy.json", misplace)
+    check = rows(hospital)["privacy scope"]
+    assert (check.status, check.seen.partition("; ")[2]) == (
+        FAIL,
+        "the filters of encryption are not where a policy has them",
+    )
+    main(["policy", "install", str(hospital)])
+    assert rows(hospital)["privacy scope"].status == OK
 
 
 def test_a_server_need_not_run_yet(server):

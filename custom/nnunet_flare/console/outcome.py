@@ -12,6 +12,8 @@ from nnunet_flare.console.session import LOST, AdminSession, Job
 from nnunet_flare.errors import (
     ConfigError,
     DatasetError,
+    DecryptionError,
+    EncryptionError,
     LayerMismatchError,
     NNUNetFlareError,
     ParticipationError,
@@ -28,7 +30,16 @@ from nnunet_flare.storage import read_json
 
 __all__ = ["Outcome", "can_be_mended", "judge", "read_outcome", "results_in"]
 
-_FINAL = (ConfigError, DatasetError, PlansError, LayerMismatchError, PolicyError, RefusedError)
+_FINAL = (
+    ConfigError,
+    DatasetError,
+    DecryptionError,
+    EncryptionError,
+    LayerMismatchError,
+    PlansError,
+    PolicyError,
+    RefusedError,
+)
 """What somebody has to correct first; a site or process that was lost may be back."""
 
 

@@ -42,6 +42,7 @@ class Identity:
         private_key: Of the certificate.
         root: Of the project's CA.
         peers: Site -> SHA-256 fingerprint of its certificate in hexadecimal; empty accepts whomever the CA certified.
+            The site itself need not be among them.
         not_peers: Names that the CA certified and that are no hospital: the server's.
     """
 
@@ -81,7 +82,7 @@ def peer_certificate(pem: str, *, site: str, identity: Identity) -> x509.Certifi
     now = datetime.datetime.now(datetime.UTC)
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise _refusal("certificate", "one that is valid today", "one that is out of date", site)
-    if identity.peers:
+    if identity.peers and certificate.public_key() != identity.certificate.public_key():
         pinned, found = identity.peers.get(site), certificate.fingerprint(_SHA256).hex()
         if pinned is None:
             raise _refusal("peers", f"one of {', '.join(identity.peers)}, as this site's settings say", site, site)

@@ -72,7 +72,7 @@ def _kept(folder: Path, name: str, make) -> Pair:
             (certificate_file, certificate.public_bytes(serialization.Encoding.PEM)),
             (key_file, key.private_bytes(*form)),
         ):
-            write_atomically(file, lambda draft, content=content: draft.write_bytes(content))
+            write_atomically(file, lambda draft, content=content: (draft.touch(0o600), draft.write_bytes(content)))
     key = serialization.load_pem_private_key(key_file.read_bytes(), password=None)
     assert isinstance(key, rsa.RSAPrivateKey), "made here"
     return x509.load_pem_x509_certificate(certificate_file.read_bytes()), key

@@ -53,14 +53,20 @@ class SitePolicyBuilder(Builder):
     Args:
         task_data_filters: As in ``SitePolicy``, for the hospitals.
         task_result_filters: As in ``SitePolicy``, for the hospitals.
+        require_encryption: As in ``SitePolicy``, for the hospitals.
     """
 
     def __init__(
         self,
         task_data_filters: Sequence[Mapping[str, Any]] = (),
         task_result_filters: Sequence[Mapping[str, Any]] = (),
+        require_encryption: bool = False,
     ) -> None:
-        self._client_policy = SitePolicy(task_data_filters=task_data_filters, task_result_filters=task_result_filters)
+        self._client_policy = SitePolicy(
+            task_data_filters=task_data_filters,
+            task_result_filters=task_result_filters,
+            require_encryption=require_encryption,
+        )
 
     def finalize(self, project: Project, ctx: ProvisionContext) -> None:
         for folder in (ctx.get_state_dir(), *map(ctx.get_ws_dir, project.get_all_participants())):

@@ -98,12 +98,12 @@ class StartupKit:
 
     @property
     def policy(self) -> SitePolicy:
-        """What this package writes into the kit of a site, with the filters of the policy that it has already.
+        """What this package writes into the kit of a site, as the policy that it has already says.
 
         Raises:
             ConfigError: its ``privacy.json`` is not one that this package writes.
         """
-        filters: dict[str, Any] = {}
+        scopes: Any = [{}]
         if (file := self.folder / "local" / "privacy.json").exists():
             scopes = read_object(file).get("scopes")
             if not isinstance(scopes, list) or len(scopes) != 1:
@@ -113,8 +113,7 @@ class StartupKit:
                     found=f"{len(scopes)} scopes" if isinstance(scopes, list) else "none",
                     remedy="put the file back as it was installed, or remove it to install a policy without filters",
                 )
-            filters = {name: scopes[0].get(name, ()) for name in ("task_data_filters", "task_result_filters")}
-        return SitePolicy(server=self.kind == SERVER, **filters)
+        return SitePolicy.of_scope(scopes[0], server=self.kind == SERVER)
 
     def certificates(self) -> tuple[x509.Certificate, x509.Certificate]:
         """The participant's own, and the CA's.

@@ -17,7 +17,8 @@ __all__ = ["CLIENT_CLASSES", "READER_ROLES", "SERVER_CLASSES", "SitePolicy", "po
 
 DECRYPT_FILTER = "nnunet_flare.flare.filters.BFVDecryptFilter"
 ENCRYPT_FILTER = "nnunet_flare.flare.filters.BFVEncryptFilter"
-CLIENT_CLASSES = ("nnunet_flare.flare.executor.NNUNetExecutor", DECRYPT_FILTER, ENCRYPT_FILTER)
+_ENCRYPTION = (DECRYPT_FILTER, ENCRYPT_FILTER)
+CLIENT_CLASSES = ("nnunet_flare.flare.executor.NNUNetExecutor", *_ENCRYPTION)
 SERVER_CLASSES = (
     "nnunet_flare.flare.asym.AsymFedAvgController",
     "nnunet_flare.flare.ffe.FFEController",
@@ -46,11 +47,36 @@ class SitePolicy:
         task_data_filters: FLARE filter configurations (``path``, ``args``, ``direction``) that every task's data
             passes here, before any filter that a job brings.
         task_result_filters: The same for every result.
+        require_encryption: Let nothing in clear text leave, and refuse jobs without encryption: a hospital's result is
+            encrypted behind all other filters, as the last thing that happens to it.
+
+    Raises:
+        ConfigError: a server shall require encryption.
     """
 
     server: bool = False
     task_data_filters: Sequence[Mapping[str, Any]] = ()
     task_result_filters: Sequence[Mapping[str, Any]] = ()
+    require_encryption: bool = False
+
+    def __post_init__(self) -> None:
+        if self.server and self.require_encryption:
+            raise ConfigError(
+                field="require_encryption",
+                expected="a hospital's policy",
+                found="the server's, which sees ciphertexts and opens none",
+                remedy="require encryption in the hospitals' kits",
+            )
+
+    @classmethod
+    def of_scope(cls, scope: Mapping[str, Any], *, server: bool) -> SitePolicy:
+        """What a privacy scope of ``policy_files`` was made from; one filter of encryption alone requires it too."""
+        data, result = (scope.get(name) or () for name in ("task_data_filters", "task_result_filters"))
+        others = [[item for item in items if item.get("path") not in _ENCRYPTION] for items in (data, result)]
+        required = len(others[0]) < len(data) or len(others[1]) < len(result)
+        return cls(
+            server=server, task_data_filters=others[0], task_result_filters=others[1], require_encryption=required
+        )
 
     @property
     def allowed_classes(self) -> tuple[str, ...]:
@@ -108,11 +134,12 @@ def _resources(policy: SitePolicy, default: Mapping[str, Any]) -> dict[str, Any]
 
 def _privacy(policy: SitePolicy) -> dict[str, Any]:
     """One scope: a job chooses among a site's scopes, so a second one would be a way round the first."""
+    decrypt, encrypt = ([{"path": path, "args": {}}] if policy.require_encryption else [] for path in _ENCRYPTION)
     scope = {
         "name": "nnunet_flare",
         "properties": {},
-        "task_data_filters": [dict(item) for item in policy.task_data_filters],
-        "task_result_filters": [dict(item) for item in policy.task_result_filters],
+        "task_data_filters": [*decrypt, *map(dict, policy.task_data_filters)],
+        "task_result_filters": [*map(dict, policy.task_result_filters), *encrypt],
     }
     return {"scopes": [scope], "default_scope": "nnunet_flare"}
 

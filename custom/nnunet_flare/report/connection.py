@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 
-from nnunet_flare.provision.kit import SERVER, StartupKit, subject
+from nnunet_flare.provision.kit import HOSPITAL, SERVER, StartupKit, subject
 from nnunet_flare.report.doctor import FAIL, OK, WARN, Check
 
 __all__ = ["check_certificates", "check_connection"]
@@ -50,6 +50,8 @@ def check_certificates(kit: StartupKit) -> Iterator[Check]:
     whose = ", ".join(f"{field} {value}" for field, value in holder.items())
     seen = problem or f"{whose}; signed by the CA {subject(root).get('name')}"
     yield Check(name="certificate", status=FAIL if problem else OK, seen=seen, remedy=remedy if problem else "")
+    if kit.kind == HOSPITAL:  # what another hospital writes into its settings, under peers
+        yield Check(name="fingerprint", status=OK, seen=certificate.fingerprint(hashes.SHA256()).hex())
     yield _lifetime("certificate", certificate)
     yield _lifetime("CA certificate", root)
     mode = kit.key_file.stat().st_mode & 0o777

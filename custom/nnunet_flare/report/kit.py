@@ -26,6 +26,7 @@ __all__ = ["check_kit", "diagnose_kit"]
 _INSTALL = "put the file back as it was installed, or run nnunet-flare policy install"
 _OURS = "nnunet_flare.provision."
 _LOGGING = "nvflare.app_common.logging."
+_FILTERS = ("task_data_filters", "task_result_filters")
 _PROCESSES = {
     SERVER: "nvflare.private.fed.app.server.server_train",
     HOSPITAL: "nvflare.private.fed.app.client.client_train",
@@ -121,12 +122,18 @@ def _log_streaming(kit: StartupKit) -> tuple[bool, str]:
 
 
 def _privacy_scope(kit: StartupKit) -> tuple[bool, str]:
-    """A job chooses among a site's scopes."""
+    """A job chooses among a site's scopes; decryption goes before all other filters, encryption behind them."""
     privacy = read_object(kit.folder / "local" / "privacy.json")
     names = [scope["name"] for scope in privacy["scopes"]]
     if len(names) != 1:
         return False, f"{len(names)} scopes, of which a job may choose: {', '.join(names) or 'none'}"
-    return privacy.get("default_scope") == names[0], f"{names[0]}, default_scope {privacy.get('default_scope')}"
+    seen = f"{names[0]}, default_scope {privacy.get('default_scope')}"
+    if kit.kind == HOSPITAL:
+        (installed,) = policy_files(kit.policy, kit.local("resources.json"))["privacy.json"]["scopes"]
+        if any(privacy["scopes"][0].get(name, []) != installed[name] for name in _FILTERS):
+            return False, f"{seen}; the filters of encryption are not where a policy has them"
+        seen += f"; encryption {'' if kit.policy.require_encryption else 'not '}required"
+    return privacy.get("default_scope") == names[0], seen
 
 
 def _storage(kit: StartupKit) -> tuple[bool, str]:
