@@ -271,11 +271,10 @@ def test_a_plain_job_is_refused_by_a_site_whose_policy_demands_encryption(demo_h
     assert federation.panics[0].startswith("site-2: job: expected an encrypted one, as this site's policy says")
 
 
-def test_a_server_that_only_claims_encryption_gets_nothing_in_clear_text(demo_home: Path, tmp_path: Path):
-    """A job without filters that says it is encrypted: a site with the policy encrypts all the same."""
+def test_the_filters_of_a_job_find_the_work_done_where_a_site_has_its_own(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
     federation.policy_filters = set(SITES)
-    federation.run("claimed", ONE_ROUND, encryption=ENCRYPTION)
+    federation.run("twice", ONE_ROUND, encryption=ENCRYPTION)
     assert federation.panics == []
 
 
