@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,15 @@ def test_the_committed_job_equals_its_recipe(name: str, tmp_path: Path):
         return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
     assert files(ROOT / "jobs" / name) == files(tmp_path / name)
+
+
+def test_a_recipe_exports_the_same_job_whatever_the_order_of_sets(tmp_path: Path):
+    code = "import sys; from nnunet_flare.recipe import JOBS; JOBS['ffe_he']().export(sys.argv[1])"
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", code, tmp_path / seed]
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True)
+    file = Path("ffe_he", "app", "config", "config_fed_client.json")
+    assert (tmp_path / "1" / file).read_text() == (tmp_path / "2" / file).read_text()
 
 
 @pytest.mark.parametrize("module", ["nnunet_flare.flare.ffe", "nnunet_flare.flare.executor", "nnunet_flare.cli"])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
+from nvflare.apis.job_def import ALL_SITES
 from nvflare.app_opt.tracking.tb.tb_receiver import TBAnalyticsReceiver
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.defs import FilterType
@@ -39,10 +40,8 @@ _MARKER = Path(__file__).parent / "job_marker" / "README"
 class FederatedTrainingRecipe(Recipe):
     """What every job of this package consists of, around its controller."""
 
-    def __init__(
-        self, name: str, controller: FederatedTraining, federation: FederationConfig, *, encrypted: bool
-    ) -> None:
-        meta = None
+    def __init__(self, name: str, controller: FederatedTraining, federation: FederationConfig) -> None:
+        meta, encrypted = None, controller.encryption is not None
         if gpus := federation.num_gpus:
             meta = {"launcher_spec": {"default": {"k8s": {"num_of_gpus": gpus}, "slurm": {"gpus_per_node": gpus}}}}
         job = FedJob(name=name, min_clients=federation.min_sites or 1, meta_props=meta)
@@ -56,8 +55,16 @@ class FederatedTrainingRecipe(Recipe):
         if encrypted:  # every task by its name: FLARE takes "*" for the name of a task
             job.to_clients(BFVDecryptFilter(), filter_type=FilterType.TASK_DATA, tasks=tasks)
             job.to_clients(BFVEncryptFilter(), filter_type=FilterType.TASK_RESULT, tasks=tasks)
+            _keep_order(job, tasks)
         job.add_file_to_clients(str(_MARKER))
         super().__init__(job)
+
+
+def _keep_order(job: FedJob, tasks: Sequence[str]) -> None:
+    """FLARE keeps the tasks of a filter as a set, which a job file would list in another order each time."""
+    app = job._deploy_map[ALL_SITES].app_config
+    for filters in (app.task_data_filters, app.task_result_filters):
+        filters[:] = [(dict.fromkeys(tasks).keys(), chain) for _, chain in filters]
 
 
 class FFERecipe(FederatedTrainingRecipe):
@@ -86,7 +93,6 @@ class FFERecipe(FederatedTrainingRecipe):
             name,
             FFEController(name, *settings, list(keep_local) or None, encryption and encryption.to_json()),
             federation,
-            encrypted=bool(encryption),
         )
 
 
@@ -117,7 +123,6 @@ class AsymFedAvgRecipe(FederatedTrainingRecipe):
             name,
             AsymFedAvgController(name, *settings, sharing.changes() or None, encryption and encryption.to_json()),
             federation,
-            encrypted=bool(encryption),
         )
 
 
