@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from local_federation import LocalFederation
+
+    from nnunet_flare.flare.config import EncryptionConfig
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
@@ -115,13 +117,29 @@ def settings_of(site: str, folder: Path, **settings: Any) -> None:
     (local / "nnunet_flare.json").write_text(json.dumps(settings))
 
 
-def tiny_job(folder: Path, name: str, **federation: Any) -> Path:
-    """Export a job of one round on the demo data as it is submitted: without the marker of FLARE's simulator."""
+def tiny_job(
+    folder: Path,
+    name: str,
+    *,
+    training: Mapping[str, Any] | None = None,
+    encryption: EncryptionConfig | None = None,
+    **federation: Any,
+) -> Path:
+    """Export a job on the demo data as it is submitted: without the marker of FLARE's simulator.
+
+    Args:
+        folder: Where to.
+        name: Of the job.
+        training: Settings beside those of a tiny training of one round.
+        encryption: Of the job.
+        **federation: Settings of ``FederationConfig``.
+    """
     from nnunet_flare.flare.config import FederationConfig
     from nnunet_flare.nnunet.config import TrainingConfig
     from nnunet_flare.recipe import FFERecipe
 
-    training = TrainingConfig(**TINY_TRAINING | {"dataset": "demo", "num_rounds": 1})
-    FFERecipe(name=name, training=training, federation=FederationConfig(**federation)).export(str(folder))
+    settings = TrainingConfig(**TINY_TRAINING | {"dataset": "demo", "num_rounds": 1} | dict(training or {}))
+    recipe = FFERecipe(name=name, training=settings, federation=FederationConfig(**federation), encryption=encryption)
+    recipe.export(str(folder))
     shutil.rmtree(folder / name / "app" / "custom")
     return folder / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +50,15 @@ def test_an_encrypted_job_is_its_plain_twin_with_a_key_and_filters_on_every_task
     executor["tasks"] = [task for task in tasks if task not in KEY_TASKS]
     assert tasks == [*executor["tasks"], *KEY_TASKS]
     assert [meta, server, client] == twin
+
+
+def test_a_recipe_exports_the_same_job_whatever_the_order_of_sets(tmp_path: Path):
+    code = "import sys; from nnunet_flare.recipe import JOBS; JOBS['ffe_he']().export(sys.argv[1])"
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", code, tmp_path / seed]
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True)
+    file = Path("ffe_he", "app", "config", "config_fed_client.json")
+    assert (tmp_path / "1" / file).read_text() == (tmp_path / "2" / file).read_text()
 
 
 @pytest.mark.parametrize("module", ["nnunet_flare.flare.ffe", "nnunet_flare.flare.executor", "nnunet_flare.cli"])

@@ -39,10 +39,8 @@ _MARKER = Path(__file__).parent / "job_marker" / "README"
 class FederatedTrainingRecipe(Recipe):
     """What every job of this package consists of, around its controller."""
 
-    def __init__(
-        self, name: str, controller: FederatedTraining, federation: FederationConfig, *, encrypted: bool
-    ) -> None:
-        meta = None
+    def __init__(self, name: str, controller: FederatedTraining, federation: FederationConfig) -> None:
+        meta, encrypted = None, controller.encryption is not None
         if gpus := federation.num_gpus:
             meta = {"launcher_spec": {"default": {"k8s": {"num_of_gpus": gpus}, "slurm": {"gpus_per_node": gpus}}}}
         job = FedJob(name=name, min_clients=federation.min_sites or 1, meta_props=meta)
@@ -87,7 +85,6 @@ class FFERecipe(FederatedTrainingRecipe):
             name,
             FFEController(name, *settings, list(keep_local) or None, encryption and encryption.to_json()),
             federation,
-            encrypted=bool(encryption),
         )
 
 
@@ -118,7 +115,6 @@ class AsymFedAvgRecipe(FederatedTrainingRecipe):
             name,
             AsymFedAvgController(name, *settings, sharing.changes() or None, encryption and encryption.to_json()),
             federation,
-            encrypted=bool(encryption),
         )
 
 

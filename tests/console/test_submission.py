@@ -124,6 +124,20 @@ def test_what_no_recipe_writes_is_refused_with_file_and_key(job: Path, tmp_path:
     assert f"job: {file}: {key}: expected" in refusal(job, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "key"),
+    [
+        (CLIENT, lambda c: c["task_result_filters"].clear(), "task_result_filters.0"),
+        (CLIENT, lambda c: c["task_data_filters"][0]["tasks"].remove("train"), "task_data_filters.0.tasks."),
+        (SERVER, lambda c: c["workflows"][0]["args"].pop("encryption"), "executors.0.tasks.10"),
+    ],
+)
+def test_an_encrypted_job_is_sent_whole_or_not_at_all(tmp_path: Path, file, change, key):
+    job = Path(shutil.copytree(JOBS / "ffe_he", tmp_path / "ffe_he"))
+    edit(job / file, change)
+    assert f": {key}" in refusal(job, tmp_path)
+
+
 def test_a_second_workflow_is_refused(job: Path, tmp_path: Path):
     edit(job / SERVER, lambda server: server["workflows"].append(server["workflows"][0]))
     assert "workflows: expected one controller" in refusal(job, tmp_path)

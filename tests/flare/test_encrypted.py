@@ -15,6 +15,7 @@ from loopback import Loopback
 from nnunet_flare.encryption.parameters import Parameters
 from nnunet_flare.flare import filters, keys
 from nnunet_flare.flare.asym import AsymFedAvgController
+from nnunet_flare.flare.controller import FederatedTraining
 from nnunet_flare.flare.encrypted import EncryptedVectors
 from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.identity import throw_away_identity
@@ -119,6 +120,21 @@ def test_every_key_is_destroyed_when_the_run_is_over(demo_home: Path, tmp_path: 
     assert federation.panics == []
     assert not any(file.exists() for file in sealed)
     assert not [place for place in keys._open if place[0].parent.name == "over"]
+
+
+def test_keys_are_destroyed_by_the_next_job_if_the_server_is_lost_before(
+    demo_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    federation = Loopback(tmp_path, SITES)
+    with monkeypatch.context() as patch:
+        patch.setattr(FederatedTraining, "_forget_keys", lambda self: 1 / 0)
+        federation.run("nearly", ONE_ROUND, encryption=ENCRYPTION)
+    sealed = [demo_home / site / "runs" / "nearly" / "encryption" / "key.json" for site in SITES]
+    assert all(file.exists() for file in sealed)
+    federation.run("nearly", ONE_ROUND, encryption=ENCRYPTION)
+    assert federation.panics == []
+    assert not any(file.exists() for file in sealed)
+    assert not list((demo_home / "server" / "runs").glob("archive/nearly-*"))
 
 
 def test_a_run_goes_on_with_its_key_after_every_process_is_gone(demo_home: Path, tmp_path: Path):

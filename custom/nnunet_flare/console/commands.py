@@ -14,6 +14,7 @@ from nnunet_flare.console.session import AdminSession
 from nnunet_flare.console.submission import prepare_job
 from nnunet_flare.console.supervisor import Clock, Console, Supervisor
 from nnunet_flare.errors import StateError
+from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.provision.kit import StartupKit
 from nnunet_flare.report.status import history_text, status_text
 
@@ -75,11 +76,13 @@ def _until_the_end(follow: Callable[[], Outcome], run: str, kit: Path) -> int:
 
 def fetch(kit: Path, run: str, out: Path) -> int:
     with _session(kit) as session:
-        training = fetch_results(session, run, out)
+        controller = fetch_results(session, run, out)
     print(f"{status_text(out)}\n")
     if (out / MODEL_FOLDER).is_dir():
-        folds = " ".join(map(str, training.folds))
+        folds = " ".join(map(str, TrainingConfig.from_json(controller.training or {}).folds))
         print(f"nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {out / MODEL_FOLDER} -f {folds}")
+    elif controller.encryption is not None:
+        print("the models are at the sites, in their nnUNet_results: the server cannot read them")
     else:
         print("the server knows no whole model: each site has its own, in its nnUNet_results")
     return 0

@@ -11,7 +11,7 @@ from nnunet_flare.console.outcome import results_in
 from nnunet_flare.console.session import AdminSession
 from nnunet_flare.console.submission import read_controller
 from nnunet_flare.errors import ConfigError, StateError
-from nnunet_flare.flare.controller import TENSORBOARD_FOLDER
+from nnunet_flare.flare.controller import TENSORBOARD_FOLDER, FederatedTraining
 from nnunet_flare.flare.results import LAYERS_FILE
 from nnunet_flare.nnunet.config import TrainingConfig
 from nnunet_flare.nnunet.network_plan import check_classes
@@ -23,13 +23,13 @@ __all__ = ["MODEL_FOLDER", "fetch_results"]
 MODEL_FOLDER = "model"
 
 
-def fetch_results(session: AdminSession, run: str, out: Path) -> TrainingConfig:
+def fetch_results(session: AdminSession, run: str, out: Path) -> FederatedTraining:
     """Bring the results of the newest finished job of a run into ``out``, a folder to make.
 
     Where the server knows the whole network, ``out/model`` is then a folder that nnU-Net predicts from.
 
     Returns:
-        The job's training settings.
+        The job's controller, with its settings.
 
     Raises:
         ConfigError: ``out`` exists.
@@ -47,17 +47,17 @@ def fetch_results(session: AdminSession, run: str, out: Path) -> TrainingConfig:
             remedy="wait for the run to end; nnunet-flare status shows how far it is",
         )
     download = session.download(finished[0].id)
-    training = TrainingConfig.from_json(read_controller(download / "job" / run).training or {})
+    controller = read_controller(download / "job" / run)
     draft = out.with_name(f".{out.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(results_in(download), draft)
     if (events := download / "workspace" / TENSORBOARD_FOLDER).is_dir():
         shutil.copytree(events, draft / "tensorboard", dirs_exist_ok=True)
     if (draft / MODEL_FOLDER).is_dir():
-        _build_model(draft, training)
+        _build_model(draft, TrainingConfig.from_json(controller.training or {}))
     draft.rename(out)
     shutil.rmtree(download)
-    return training
+    return controller
 
 
 def _build_model(results: Path, training: TrainingConfig) -> None:

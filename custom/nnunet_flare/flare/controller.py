@@ -141,6 +141,8 @@ class FederatedTraining(Controller, ABC):
             is_whole = self._is_done() or self._conduct()
             self._leave_results(run, with_weights=is_whole)
             if is_whole:
+                if self._encryption:  # also of a run whose last job was lost just before
+                    self._forget_keys()
                 run.finish()
         except Exception as error:
             reason = None
@@ -266,8 +268,6 @@ class FederatedTraining(Controller, ABC):
             self._score(layers)
             self._note(phase="done")
             self._say(f"done: {self._record}")
-        if self._encryption:
-            self._forget_keys()
         return True
 
     def _stops_after(self, stage: str) -> bool:
@@ -276,11 +276,13 @@ class FederatedTraining(Controller, ABC):
             self._say(f"stopped after {stage}, as the job says; without stop_after the run continues from here")
         return stage == self._config.stop_after
 
+    def _connected(self) -> list[str]:
+        return sorted(client.name for client in self._fl_ctx.get_engine().get_clients())
+
     def _describe(self) -> None:
         """Who takes part, and whether their data and versions fit, before anything is computed."""
         self._note(phase="describe", error="")
-        sites = sorted(client.name for client in self._fl_ctx.get_engine().get_clients())
-        self._sites = dict.fromkeys(sites, "")
+        self._sites = dict.fromkeys(self._connected(), "")
         replies = self._ask_every_site(protocol.DESCRIBE)
         described = {site: cast(site, reply, SiteDescription.parse) for site, reply in replies.items()}
         self._sites = {site: description.role for site, description in described.items()}
@@ -330,7 +332,7 @@ class FederatedTraining(Controller, ABC):
             self._say("encrypted with throw-away certificates, for the simulator has no others: they protect nothing")
 
     def _forget_keys(self) -> None:
-        forget_key(self._conductor, self._request_content(), self._sites, self._say)
+        forget_key(self._conductor, self._request_content(), self._sites or self._connected(), self._say)
 
     def _agree_on_layers(self) -> None:
         """Every site preprocesses and opens its training; what they share is settled once for the run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ def _certificate(content: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def forget_key(
-    conductor: Conductor, content: Mapping[str, Any], sites: Mapping[str, str], say: Callable[[str], None]
+    conductor: Conductor, content: Mapping[str, Any], sites: Iterable[str], say: Callable[[str], None]
 ) -> None:
     """Ask every site to destroy its key; one that is not there keeps its sealed envelope until it is removed."""
     asked = dict.fromkeys(sites, (protocol.FORGET_KEY, Message(content=content)))
