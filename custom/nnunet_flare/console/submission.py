@@ -52,8 +52,7 @@ def prepare_job(job: Path, workspace: Path) -> PreparedJob:
     """
     controller = read_controller(job)
     federation = FederationConfig.from_json(controller.federation or {})
-    encrypted = controller.encryption is not None
-    FederatedTrainingRecipe(controller.run, controller, federation, encrypted=encrypted).export(str(workspace))
+    FederatedTrainingRecipe(controller.run, controller, federation).export(str(workspace))
     folder = workspace.absolute() / controller.run
     _check_equal(job, folder)
     shutil.rmtree(folder / _MARKER.parent)
