@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from commands import run
 from conftest import tiny_job
@@ -92,10 +93,14 @@ def integer_forms(name: str, layers: Layers, layout: VectorLayout, key: Aggregat
 
 
 def key_forms(key: AggregationKey) -> dict[str, list[bytes]]:
-    """Pieces of the secret keys, raw and as text; base64 depends on where a piece begins, modulo three."""
+    """Pieces of the secret keys, raw and as text; base64 depends on where a piece begins, modulo three.
+
+    SEAL packs the coefficients of its key behind a header of 16 bytes; both forms are looked for.
+    """
+    coefficients = zstandard.ZstdDecompressor().decompressobj().decompress(key.secret[16:])
     texts = [base64.b64encode(key.secret[shift:]) for shift in range(3)]
     return {
-        "key": [item for text in (key.secret, *texts) for item in _cut(text)],
+        "key": [item for text in (key.secret, coefficients, *texts) for item in _cut(text)],
         "mark key": [key.mark_key, base64.b64encode(key.mark_key)],
     }
 
