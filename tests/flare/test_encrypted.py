@@ -30,7 +30,11 @@ pytestmark = pytest.mark.usefixtures("inline")
 
 SITES = ("site-1", "site-2", "site-3")
 ENCRYPTION: dict[str, Any] = {}
-ONE_ROUND = TINY_TRAINING | {"num_rounds": 1}
+NARROW = {"batch_size": 2, "architecture.arch_kwargs.features_per_stage": [8, 16, 32, 64]}
+TINY = TINY_TRAINING | {"plans_overrides": NARROW}
+ONE_ROUND = TINY | {"num_rounds": 1}
+UP_TO_PLAN = ONE_ROUND | {"stop_after": "plan"}
+MIXED = TINY_TRAINING | {"dataset": "Dataset902_DemoMixed", "configuration": "3d_fullres", "num_rounds": 1}
 STEP = 2.0**-22
 
 
@@ -96,7 +100,7 @@ def test_in_every_round_each_site_opens_the_mean_of_what_the_sites_trained(
     (demo_home / "site-3" / "nnUNet_raw" / "Dataset900_Demo").rename(tmp_path / "whole")
     write_demo_dataset(demo_home / "site-3" / "nnUNet_raw", "site-3", num_cases=10)  # another weight than the others'
     plans = demo_home / "server" / "runs" / "rounds" / "encryption.json"
-    federation.run("rounds", TINY_TRAINING | {"num_rounds": 2}, encryption=ENCRYPTION)
+    federation.run("rounds", TINY | {"num_rounds": 2}, encryption=ENCRYPTION)
     assert federation.panics == []
     assert read_json(plans)["parameters"] == "bfv-4096-60-50"
     weights = sent[1, "site-1"][1]
@@ -113,7 +117,7 @@ def test_in_every_round_each_site_opens_the_mean_of_what_the_sites_trained(
 
 def test_every_key_is_destroyed_when_the_run_is_over(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
-    federation.run("over", ONE_ROUND | {"stop_after": "plan"}, encryption=ENCRYPTION)
+    federation.run("over", UP_TO_PLAN, encryption=ENCRYPTION)
     sealed = [demo_home / site / "runs" / "over" / "encryption" / "key.json" for site in SITES]
     assert all(file.exists() for file in sealed)
     federation.run("over", ONE_ROUND, encryption=ENCRYPTION)
@@ -122,6 +126,7 @@ def test_every_key_is_destroyed_when_the_run_is_over(demo_home: Path, tmp_path: 
     assert not [place for place in keys._open if place[0].parent.name == "over"]
 
 
+@pytest.mark.slow
 def test_keys_are_destroyed_by_the_next_job_if_the_server_is_lost_before(
     demo_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -137,9 +142,10 @@ def test_keys_are_destroyed_by_the_next_job_if_the_server_is_lost_before(
     assert not list((demo_home / "server" / "runs").glob("archive/nearly-*"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_key_after_every_process_is_gone(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
-    federation.run("again", TINY_TRAINING | {"num_rounds": 2}, encryption=ENCRYPTION)
+    federation.run("again", TINY | {"num_rounds": 2}, encryption=ENCRYPTION)
     assert federation.panics == []
     calls = []
 
@@ -148,12 +154,12 @@ def test_a_run_goes_on_with_its_key_after_every_process_is_gone(demo_home: Path,
         return None if task == TRAIN and calls.count(TRAIN) > 3 else reply
 
     federation.tamper = fail_in_round_two
-    federation.run("broken", TINY_TRAINING | {"num_rounds": 2}, encryption=ENCRYPTION)
+    federation.run("broken", TINY | {"num_rounds": 2}, encryption=ENCRYPTION)
     assert "updates in round 2" in federation.panics[0]
     key = read_json(demo_home / "server" / "runs" / "broken" / "encryption.json")["key"]
     keys._open.clear()
     federation.tamper = lambda site, task, reply: reply
-    federation.run("broken", TINY_TRAINING | {"num_rounds": 2}, encryption=ENCRYPTION)
+    federation.run("broken", TINY | {"num_rounds": 2}, encryption=ENCRYPTION)
     assert federation.panics == []
     assert read_json(demo_home / "server" / "runs" / "broken" / "encryption.json")["key"] == key
     whole, resumed = (final_weights(demo_home, "site-1", run) for run in ("again", "broken"))
@@ -162,29 +168,29 @@ def test_a_run_goes_on_with_its_key_after_every_process_is_gone(demo_home: Path,
 
 def test_a_site_that_lost_its_envelope_gets_another_from_the_key_holder(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
-    federation.run("lost", ONE_ROUND | {"stop_after": "plan"}, encryption=ENCRYPTION)
+    federation.run("lost", UP_TO_PLAN, encryption=ENCRYPTION)
     (demo_home / "site-3" / "runs" / "lost" / "encryption" / "key.json").unlink()
     keys._open.clear()
-    federation.run("lost", ONE_ROUND, encryption=ENCRYPTION)
+    federation.run("lost", UP_TO_PLAN, encryption=ENCRYPTION)
     assert federation.panics == []
 
 
 def test_a_key_that_is_lost_at_its_holder_ends_the_job_with_the_reason(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
-    federation.run("lost", ONE_ROUND | {"stop_after": "plan"}, encryption={"key_holder": "site-2"})
+    federation.run("lost", UP_TO_PLAN, encryption={"key_holder": "site-2"})
     (demo_home / "site-2" / "runs" / "lost" / "encryption" / "key.json").unlink()
     keys._open.clear()
-    federation.run("lost", ONE_ROUND, encryption={"key_holder": "site-2"})
+    federation.run("lost", UP_TO_PLAN, encryption={"key_holder": "site-2"})
     assert federation.panics[0].startswith("site-2: key: expected the key that this run began with, found none")
 
 
 def test_two_sites_are_too_few_unless_both_allow_it(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES[:2])
     settings_of("site-1", tmp_path, min_sites_in_sum=2)
-    federation.run("two", ONE_ROUND, encryption=ENCRYPTION)
+    federation.run("two", UP_TO_PLAN, encryption=ENCRYPTION)
     assert federation.panics[0].startswith("site-2: sites that train: expected at least 3")
     settings_of("site-2", tmp_path, min_sites_in_sum=2)
-    federation.run("two", ONE_ROUND, encryption=ENCRYPTION)
+    federation.run("two", UP_TO_PLAN, encryption=ENCRYPTION)
     assert federation.panics == []
 
 
@@ -202,7 +208,7 @@ def test_the_mean_is_of_those_who_answered_and_a_site_that_missed_a_round_is_bac
         return reply
 
     federation = Loopback(tmp_path, SITES, tamper=drop_once)
-    federation.run("missed", TINY_TRAINING | {"num_rounds": 2}, {"min_sites": 2}, encryption=ENCRYPTION)
+    federation.run("missed", TINY | {"num_rounds": 2}, {"min_sites": 2}, encryption=ENCRYPTION)
     assert federation.panics == []
     first, second = RunHistory.load(demo_home / "server" / "runs" / "missed").rounds
     assert set(first.sites) == {"site-1", "site-2"}
@@ -213,7 +219,7 @@ def test_the_mean_is_of_those_who_answered_and_a_site_that_missed_a_round_is_bac
 
 def test_a_round_with_fewer_answers_than_a_sum_needs_ends_the_job(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES, tamper=drop)
-    federation.run("short", TINY_TRAINING, {"min_sites": 2}, encryption=ENCRYPTION)
+    federation.run("short", TINY, {"min_sites": 2}, encryption=ENCRYPTION)
     assert federation.panics[0].startswith("updates in round 1: expected at least 3, found 2")
 
 
@@ -223,10 +229,9 @@ def drop(site: str, task: str, reply):
 
 def test_unlike_networks_share_encrypted_and_each_cohort_is_a_vector_of_its_own(mixed: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
-    training = TINY_TRAINING | {"dataset": "Dataset902_DemoMixed", "configuration": "3d_fullres", "num_rounds": 2}
     for site in SITES:
         settings_of(site, tmp_path, min_sites_in_sum=2)
-    federation.run("mixed", training, sharing={"sharing": "cohort"}, kind=AsymFedAvgController, encryption=ENCRYPTION)
+    federation.run("mixed", MIXED, sharing={"sharing": "cohort"}, kind=AsymFedAvgController, encryption=ENCRYPTION)
     assert federation.panics == []
     state = newest_state(mixed, "mixed")
     groups = {name.partition("/")[0] for name in state}
@@ -237,14 +242,14 @@ def test_unlike_networks_share_encrypted_and_each_cohort_is_a_vector_of_its_own(
     assert all(len(sites) >= 2 for sites in members)
 
 
+@pytest.mark.slow
 def test_a_cohort_with_too_few_answers_keeps_its_layers_and_the_others_go_on(mixed: Path, tmp_path: Path):
     for site in SITES:
         settings_of(site, tmp_path, min_sites_in_sum=2)
-    training = TINY_TRAINING | {"dataset": "Dataset902_DemoMixed", "configuration": "3d_fullres", "num_rounds": 1}
     federation = Loopback(tmp_path, SITES, tamper=drop)
     federation.run(
         "kept",
-        training,
+        MIXED,
         {"min_sites": 2},
         sharing={"sharing": "cohort"},
         kind=AsymFedAvgController,
@@ -261,7 +266,7 @@ def test_a_cohort_with_too_few_answers_keeps_its_layers_and_the_others_go_on(mix
 def test_sites_that_pin_each_other_s_certificates_share_a_key(demo_home: Path, tmp_path: Path):
     pin_each_other(demo_home, tmp_path, SITES)
     federation = Loopback(tmp_path, SITES)
-    federation.run("pinned", ONE_ROUND | {"stop_after": "plan"}, encryption=ENCRYPTION)
+    federation.run("pinned", UP_TO_PLAN, encryption=ENCRYPTION)
     assert federation.panics == []
 
 
@@ -271,7 +276,7 @@ def test_a_site_that_the_others_have_not_pinned_gets_no_key_and_gives_none(
 ):
     pin_each_other(demo_home, tmp_path, SITES[:2])
     federation = Loopback(tmp_path, SITES)
-    federation.run("unpinned", ONE_ROUND | {"stop_after": "plan"}, encryption={"key_holder": holder})
+    federation.run("unpinned", UP_TO_PLAN, encryption={"key_holder": holder})
     assert "peers: expected one of site-" in federation.panics[0]
     assert "found site-3" in federation.panics[0]
     assert not (demo_home / SITES[1] / "runs" / "unpinned" / "encryption" / "key.json").exists()
@@ -290,7 +295,7 @@ def test_a_plain_job_is_refused_by_a_site_whose_policy_demands_encryption(demo_h
 def test_the_filters_of_a_job_find_the_work_done_where_a_site_has_its_own(demo_home: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
     federation.policy_filters = set(SITES)
-    federation.run("twice", ONE_ROUND, encryption=ENCRYPTION)
+    federation.run("twice", UP_TO_PLAN, encryption=ENCRYPTION)
     assert federation.panics == []
 
 
@@ -308,7 +313,7 @@ def test_a_tampered_sum_ends_the_job_and_destroys_the_keys_but_no_state(
 
     monkeypatch.setattr(EncryptedVectors, "finish", tampered)
     federation = Loopback(tmp_path, SITES)
-    federation.run("tampered", TINY_TRAINING, encryption=ENCRYPTION)
+    federation.run("tampered", TINY, encryption=ENCRYPTION)
     assert "decrypted sum: expected the marks of site-1, site-2, site-3" in federation.panics[0]
     for site in SITES:
         assert not (demo_home / site / "runs" / "tampered" / "encryption" / "key.json").exists()
@@ -330,7 +335,7 @@ def test_a_server_that_goes_back_to_an_older_sum_is_refused_and_the_key_stays(
 
     monkeypatch.setattr(EncryptedVectors, "request", stale)
     federation = Loopback(tmp_path, SITES)
-    federation.run("stale", TINY_TRAINING, encryption=ENCRYPTION)
+    federation.run("stale", TINY, encryption=ENCRYPTION)
     assert "site-1: round of the sum: expected 1 or a later one that is over, found 0" in federation.panics[0]
     assert all((demo_home / site / "runs" / "stale" / "encryption" / "key.json").exists() for site in SITES)
 

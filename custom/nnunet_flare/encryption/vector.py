@@ -129,7 +129,7 @@ class EncryptedVector:
     """A header and chunks: uint8 arrays of shape (ciphertexts, bytes of each)."""
 
     header: VectorHeader
-    chunks: tuple[NDArray[np.uint8], ...]
+    chunks: list[NDArray[np.uint8]]
 
     def to_arrays(self) -> dict[str, NDArray[np.uint8]]:
         header = np.frombuffer(json.dumps(asdict(self.header)).encode(), np.uint8)
@@ -150,7 +150,7 @@ class EncryptedVector:
                 raise ValueError("chunks are missing, or not bytes")
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise _refusal("encrypted layers", "a header and chunks of bytes", type(error).__name__, site) from error
-        return cls(header=header, chunks=tuple(arrays[name] for name in names[1:]))
+        return cls(header=header, chunks=[arrays[name] for name in names[1:]])
 
     def check_chunks(self, layout: VectorLayout, parameters: Parameters, *, site: str = "") -> None:
         """Raises EncryptionError: too few or too many ciphertexts, of another size, or impossible coefficients."""
@@ -219,7 +219,7 @@ def encrypt_vector(
         quantisation.append(Quantisation(num_clipped=num_clipped, largest_error=error))
         chunk, row = divmod(index, CHUNK_CIPHERTEXTS)
         chunks[chunk][row] = key.cipher.encrypt(integers, marks[index])
-    return EncryptedVector(header=header, chunks=tuple(chunks)), sum(quantisation, Quantisation())
+    return EncryptedVector(header=header, chunks=chunks), sum(quantisation, Quantisation())
 
 
 def _pieces(layers: dict[str, NDArray[Any]], layout: VectorLayout, length: int) -> Iterator[NDArray[Any]]:
@@ -281,7 +281,7 @@ class EncryptedSum:
         chunks = []
         while adders:
             chunks.append(adders.pop().records())
-        return EncryptedVector(header=self._header, chunks=tuple(chunks))
+        return EncryptedVector(header=self._header, chunks=chunks)
 
 
 def decrypt_vector(
@@ -290,7 +290,7 @@ def decrypt_vector(
     """The layers of a sum: float32 means over the sites in it, or whole float64 sums where the layout has integers.
 
     Args:
-        vector: From the server.
+        vector: From the server; its chunks are taken out one after the other, so that memory does not double.
         layout: What it must hold.
         key: Of the run.
         round_number: Whose sum it must be.
@@ -313,7 +313,8 @@ def decrypt_vector(
     number = sum(layout.chunk_lengths(parameters))
     marks = np.sum([key.marks(expected.label(site), number) for site in sites], axis=0)
     share, length = layout.share(sites), parameters.values_per_ciphertext
-    for index, record in enumerate(record for chunk in vector.chunks for record in chunk):
+    chunks, vector.chunks[:] = vector.chunks[::-1], []
+    for index, record in enumerate(record for _ in range(len(chunks)) for record in chunks.pop()):
         sums, mark = key.cipher.decrypt(record)
         piece = slice(index * length, (index + 1) * length)
         here = values[piece].size

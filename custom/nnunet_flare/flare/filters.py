@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from nvflare.apis.filter import Filter
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -26,6 +27,7 @@ __all__ = ["BFVDecryptFilter", "BFVEncryptFilter"]
 
 _REQUEST, _RESULT = "nnunet_flare.request", "nnunet_flare.result"
 """Where a filter leaves what it found: task id and content, for FLARE may use one context for many tasks."""
+Layers = dict[str, np.ndarray]
 _ENCRYPTED_TASKS = (protocol.TRAIN, protocol.EXTRACT_FINGERPRINT)
 
 
@@ -35,46 +37,43 @@ class BFVDecryptFilter(Filter):
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         if _left(_REQUEST, fl_ctx) is not None:
             return shareable
-        request = read_message(shareable, sender="server")
+        request = read_message(shareable, sender="server", take=True)
         _leave(_REQUEST, request.content, fl_ctx)
-        return _or_its_reason(lambda: self._decrypted(request, fl_ctx), shareable, fl_ctx)
+        return _or_its_reason(lambda: self._decrypted(request.content, request.layers, fl_ctx), shareable, fl_ctx)
 
-    def _decrypted(self, request: Message, fl_ctx: FLContext) -> Message:
-        if "encryption" not in request.content:
+    def _decrypted(self, content: Mapping[str, Any], layers: Layers, fl_ctx: FLContext) -> Message:
+        """``layers`` is emptied on the way, so that memory does not double."""
+        if "encryption" not in content:
             raise _refusal("job", "an encrypted one, as this site's policy says", "one in clear text", "")
-        if not request.layers and "vectors" not in request.content:
-            return request
-        keys, layers, opened, seen = SiteKeys.of(request.content, fl_ctx), dict(request.layers), {}, {}
-        for group, told in _vectors(request.content).items():
-            scope = told["layout"].scope
-            if told["sum"] is None:
-                names = told["layout"].shapes.keys() & layers.keys()
-                opened |= {name: layers.pop(name) for name in names if layers[name].dtype.kind == "f"}
-                found = -1
-            else:
-                found = told["sum"]["round"]
-                arrays = {name: layers.pop(name) for name in list(layers) if name.startswith(f"{group}/")}
-                vector = EncryptedVector.from_arrays(
-                    {name.partition("/")[2]: array for name, array in arrays.items()}, site="server"
-                )
-                del arrays
+        keys, opened, seen = SiteKeys.of(content, fl_ctx), {}, {}
+        for group, told in _vectors(content).items():
+            scope, found = told["layout"].scope, told["sum"]["round"] if told["sum"] else -1
             newest = keys.newest_round(scope)
-            if found < newest or found >= request.content.get("round", math.inf):
+            if found < newest or found >= content.get("round", math.inf):
                 raise _refusal("round of the sum", f"{newest} or a later one that is over", str(found), "server")
-            if told["sum"] is not None:
-                least = keys.settings.min_sites_in_sum
-                layout = told["sum"]["layout"]
-                try:
-                    opened |= decrypt_vector(vector, layout, keys.key(), round_number=found, least_sites=least)
-                except DecryptionError:
-                    keys.destroy()
-                    raise
+            if told["sum"]:
+                opened |= _open_sum(group, told["sum"], layers, keys)
                 seen[scope] = found
+            else:
+                initial = {name for name in told["layout"].shapes if name in layers and layers[name].dtype.kind == "f"}
+                opened |= {name: layers.pop(name) for name in initial}
         if layers:
             raise _refusal("layers", "sums of the groups that the request names", "others beside them", "server")
         if seen:
             keys.saw(seen)
-        return Message(content=request.content, layers=opened)
+        return Message(content=content, layers=opened)
+
+
+def _open_sum(group: str, told: Mapping[str, Any], layers: Layers, keys: SiteKeys) -> dict[str, np.ndarray]:
+    names = [name for name in layers if name.startswith(f"{group}/")]
+    arrays = {name.partition("/")[2]: layers.pop(name) for name in names}
+    vector, least = EncryptedVector.from_arrays(arrays, site="server"), keys.settings.min_sites_in_sum
+    arrays.clear()
+    try:
+        return decrypt_vector(vector, told["layout"], keys.key(), round_number=told["round"], least_sites=least)
+    except DecryptionError:
+        keys.destroy()
+        raise
 
 
 class BFVEncryptFilter(Filter):
@@ -85,45 +84,45 @@ class BFVEncryptFilter(Filter):
             return shareable
         if (code := shareable.get_return_code(ReturnCode.OK)) != ReturnCode.OK:
             return make_reply(code)
-        result = _or_its_reason(lambda: self._encrypt(shareable, fl_ctx), shareable, fl_ctx)
+        result = _or_its_reason(lambda: self._encrypted(shareable, fl_ctx), shareable, fl_ctx)
         _leave(_RESULT, result, fl_ctx)
         return result
 
-    def _encrypt(self, shareable: Shareable, fl_ctx: FLContext) -> Message:
-        request, task = _left(_REQUEST, fl_ctx), fl_ctx.get_prop(FLContextKey.TASK_NAME)
-        reply = read_message(shareable, sender=fl_ctx.get_identity_name())  # a site's own error is raised, and travels
+    def _encrypted(self, shareable: Shareable, fl_ctx: FLContext) -> Message:
+        request, task, site = (
+            _left(_REQUEST, fl_ctx),
+            fl_ctx.get_prop(FLContextKey.TASK_NAME),
+            fl_ctx.get_identity_name(),
+        )
+        reply = read_message(shareable, sender=site, take=True)  # a site's own error is raised, and travels
         if request is None:
-            raise _refusal("filters", "BFVDecryptFilter before BFVEncryptFilter", "none", fl_ctx.get_identity_name())
-        if task in _ENCRYPTED_TASKS and "summary" not in reply.content:
-            return self._encrypted(request, reply, fl_ctx)
-        if task not in protocol.TASKS + protocol.KEY_TASKS or task in _ENCRYPTED_TASKS or reply.layers:
+            raise _refusal("filters", "BFVDecryptFilter before BFVEncryptFilter", "none", site)
+        if reply.layers and task in _ENCRYPTED_TASKS:
+            vectors, cost = _vectors_of(reply.layers, request, SiteKeys.of(request, fl_ctx))
+            content = {**reply.content, "num_clipped": cost.num_clipped, "quantisation_error": cost.largest_error}
+            return Message(content=content, layers=vectors)
+        if reply.layers or "summary" in reply.content or task not in protocol.TASKS + protocol.KEY_TASKS:
             expected = "a job whose results are encrypted, for this site lets none leave in clear text"
-            raise _refusal(f"result of {task}", expected, "one in clear text", fl_ctx.get_identity_name())
+            raise _refusal(f"result of {task}", expected, "one in clear text", site)
         return reply
 
-    def _encrypted(self, request: Mapping[str, Any], reply: Message, fl_ctx: FLContext) -> Message:
-        keys, layers, arrays, cost = SiteKeys.of(request, fl_ctx), dict(reply.layers), {}, Quantisation()
-        site, least = keys.settings.site, keys.settings.min_sites_in_sum
-        if not layers:
-            return reply
-        reply = Message(content=reply.content)
-        for group, told in _vectors(request).items():
-            layout = told["layout"]
-            if len(layout.weights) < least:
-                raise _refusal(
-                    "sites of the group",
-                    f"at least {least}, as this site's settings say (min_sites_in_sum)",
-                    str(len(layout.weights)),
-                    site,
-                )
-            round_number = request.get("round", 0)
-            vector, lost = encrypt_vector(layers, layout, keys.key(), site=site, round_number=round_number)
-            arrays |= {f"{group}/{name}": array for name, array in vector.to_arrays().items()}
-            cost += lost
-        if layers or not arrays:
-            raise _refusal("result", "the layers of the groups that the request names", "others", site)
-        content = {**reply.content, "num_clipped": cost.num_clipped, "quantisation_error": cost.largest_error}
-        return Message(content=content, layers=arrays)
+
+def _vectors_of(
+    layers: Layers, request: Mapping[str, Any], keys: SiteKeys
+) -> tuple[dict[str, np.ndarray], Quantisation]:
+    """One vector for each group of the request; ``layers`` is emptied."""
+    arrays, cost = {}, Quantisation()
+    site, least, round_number = keys.settings.site, keys.settings.min_sites_in_sum, request.get("round", 0)
+    for group, told in _vectors(request).items():
+        if (number := len(told["layout"].weights)) < least:
+            expected = f"at least {least}, as this site's settings say (min_sites_in_sum)"
+            raise _refusal("sites of the group", expected, str(number), site)
+        vector, lost = encrypt_vector(layers, told["layout"], keys.key(), site=site, round_number=round_number)
+        arrays |= {f"{group}/{name}": array for name, array in vector.to_arrays().items()}
+        cost += lost
+    if layers:
+        raise _refusal("result", "the layers of the groups that the request names", "others", site)
+    return arrays, cost
 
 
 def _vectors(request: Mapping[str, Any]) -> dict[str, Any]:

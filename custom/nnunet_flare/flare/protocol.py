@@ -105,12 +105,17 @@ class Message:
 
 
 def read_message(
-    shareable: Shareable, *, sender: str, fetch: Callable[[dict[str, Any]], dict[str, Any]] | None = dict
+    shareable: Shareable,
+    *,
+    sender: str,
+    fetch: Callable[[dict[str, Any]], dict[str, Any]] | None = dict,
+    take: bool = False,
 ) -> Message:
     """Check and cast what FLARE delivered.
 
     Args:
         fetch: Replaces what FLARE delivered in the place of the arrays by the arrays; None where none are expected.
+        take: Leave no arrays in the shareable, which FLARE keeps hold of.
 
     Raises:
         NNUNetFlareError: the error that the sender reported.
@@ -137,7 +142,9 @@ def read_message(
         raise _foreign(type(content).__name__, sender)
     if layers and fetch is None:
         raise _foreign("layers that nobody asked for", sender)
-    layers = fetch(dict(layers)) if fetch else {}  # a copy, for FLARE keeps hold of the shareable
+    delivered, layers = layers, fetch(dict(layers)) if fetch else {}  # a copy, for FLARE keeps hold of the shareable
+    if take:
+        delivered.clear()
     # FLARE delivers an array without axes as a NumPy scalar.
     layers = {name: np.asarray(array) if isinstance(array, np.floating) else array for name, array in layers.items()}
     for name, array in layers.items():
