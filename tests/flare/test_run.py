@@ -41,6 +41,15 @@ def test_a_finished_run_is_archived_whole_and_a_new_one_starts(run, tmp_path):
     assert (archived / "state" / "global_00000.npz").exists()
 
 
+def test_the_sealed_key_of_an_encrypted_run_is_not_archived(run, tmp_path):
+    run.follow("one", SETTINGS)
+    (run.path / "encryption").mkdir()
+    (run.path / "encryption" / "key.json").write_text("{}")
+    run.follow("two", SETTINGS)
+    (archived,) = (tmp_path / "runs" / "archive").iterdir()
+    assert [file.name for file in archived.iterdir()] == ["run.json"]
+
+
 def test_a_name_may_be_used_and_archived_many_times(run, tmp_path):
     ids = set()
     for _ in range(3):

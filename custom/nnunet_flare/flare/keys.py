@@ -20,12 +20,13 @@ from nnunet_flare.encryption.key import AggregationKey
 from nnunet_flare.encryption.parameters import PARAMETERS
 from nnunet_flare.errors import EncryptionError
 from nnunet_flare.flare.identity import kit_identity, throw_away_identity
+from nnunet_flare.flare.run import KEY_FOLDER
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json, write_json
 
 __all__ = ["SiteKeys"]
 
-_FOLDER, _SEALED, _SEEN = "encryption", "key.json", "seen.json"
+_SEALED, _SEEN = "key.json", "seen.json"
 _open: dict[tuple[Path, str], AggregationKey] = {}
 """Keys that this process has opened, by the folder of their envelope and the run's id."""
 
@@ -41,7 +42,7 @@ class SiteKeys:
     """
 
     def __init__(self, run: Path, run_id: str, identity: Identity, settings: SiteSettings) -> None:
-        self._folder, self._run_id = run / _FOLDER, run_id
+        self._folder, self._run_id = run / KEY_FOLDER, run_id
         self.identity, self.settings = identity, settings
         self._place = self._folder, run_id
 

@@ -8,6 +8,7 @@ got no weights yet and whose settings change is archived too; an unfinished one 
 from __future__ import annotations
 
 import re
+import shutil
 import time
 import uuid
 import zipfile
@@ -21,8 +22,10 @@ import numpy as np
 from nnunet_flare.errors import ConfigError, StateError
 from nnunet_flare.storage import FolderLock, read_json, write_atomically, write_json
 
-__all__ = ["RunFolder", "check_run_name", "read_arrays", "write_arrays"]
+__all__ = ["KEY_FOLDER", "RunFolder", "check_run_name", "read_arrays", "write_arrays"]
 
+KEY_FOLDER = "encryption"
+"""Where a site keeps its sealed key of an encrypted run."""
 _MANIFEST = "run.json"
 _MANIFEST_KEYS = {"run_id": str, "finished": bool, "settings": dict}
 _GLOBAL = re.compile(r"global_(\d+)\.npz")
@@ -110,6 +113,7 @@ class RunFolder:
             stamp = time.strftime("%Y%m%d-%H%M%S")
             archive = self.path.parent / "archive" / f"{self.path.name}-{stamp}-{uuid.uuid4().hex[:4]}"
             archive.parent.mkdir(exist_ok=True)
+            shutil.rmtree(self.path / KEY_FOLDER, ignore_errors=True)  # nobody continues an archived run
             self.path.rename(archive)
         content = {"run_id": run_id, "series": series, "finished": False, "settings": dict(settings)}
         write_json(self.path / _MANIFEST, content)
