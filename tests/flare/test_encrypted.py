@@ -194,6 +194,7 @@ def test_two_sites_are_too_few_unless_both_allow_it(demo_home: Path, tmp_path: P
     assert federation.panics == []
 
 
+@pytest.mark.slow
 def test_the_mean_is_of_those_who_answered_and_a_site_that_missed_a_round_is_back_in_the_next(
     demo_home: Path, tmp_path: Path
 ):
@@ -227,6 +228,7 @@ def drop(site: str, task: str, reply):
     return None if site == "site-1" and task == TRAIN else reply
 
 
+@pytest.mark.slow
 def test_unlike_networks_share_encrypted_and_each_cohort_is_a_vector_of_its_own(mixed: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
     for site in SITES:
