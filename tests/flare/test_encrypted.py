@@ -228,7 +228,6 @@ def drop(site: str, task: str, reply):
     return None if site == "site-1" and task == TRAIN else reply
 
 
-@pytest.mark.slow
 def test_unlike_networks_share_encrypted_and_each_cohort_is_a_vector_of_its_own(mixed: Path, tmp_path: Path):
     federation = Loopback(tmp_path, SITES)
     for site in SITES:
