@@ -45,8 +45,8 @@ def main() -> None:
     first: dict[str, np.ndarray] = {}
     baseline = 0.0
     with tempfile.TemporaryDirectory() as scratch:
-        for name, recipe in jobs.items():
-            home = Path(scratch, name)
+        for index, (name, recipe) in enumerate(jobs.items()):
+            home = Path(scratch, str(index))
             recipe.export(str(home / "jobs"))
             run(home)
             history = RunHistory.load(home / "server" / "runs" / "run")
