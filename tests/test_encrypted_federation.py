@@ -33,6 +33,7 @@ from nnunet_flare.flare.history import RunHistory
 from nnunet_flare.flare.identity import kit_identity
 from nnunet_flare.flare.keys import SiteKeys
 from nnunet_flare.flare.run import read_arrays
+from nnunet_flare.nnunet.model import read_weights
 from nnunet_flare.nnunet.site import SiteSettings
 from nnunet_flare.storage import read_json
 from traces import Traces
@@ -309,7 +310,7 @@ def trainings(home: Path, site: str, name: str) -> int:
 def final_weights(home: Path, site: str, name: str) -> dict[str, torch.Tensor]:
     """Of the model that a site ends with: the last mean."""
     (file,) = (home / site / "runs" / name / "nnUNet_results").rglob("checkpoint_final.pth")
-    return torch.load(file, map_location="cpu", weights_only=False)["network_weights"]
+    return read_weights(file)
 
 
 @pytest.mark.parametrize("pack_it", [False, True])
